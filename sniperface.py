@@ -1,0 +1,984 @@
+"""SniperFace: train a face encoder without labels, export its vectors, measure it on identities it has never seen.
+
+    uv run python sniperface.py [command=split|train|embed|eval|all] [overrides]
+
+Each command below reads from top to bottom; what it decodes, builds or computes is in dataio.py and moco.py. Settings and what each
+one means: conf/config.yaml. Everything a run makes is in runs/<run>/.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import itertools
+import json
+import logging
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import hydra
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+import dataio
+import moco
+from dataio import draw, draw_seed, two_views, write_whole
+
+log = logging.getLogger("sniperface")
+CONF = Path(__file__).resolve().parent / "conf"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainConfig:
+    epochs: int = field(metadata={"at_least": 1})
+    batch_size: int = field(metadata={"at_least": 2})
+    lr: float = field(metadata={"above": 0})
+    momentum: float = field(metadata={"at_least": 0, "below": 1})
+    weight_decay: float = field(metadata={"at_least": 0})
+    warmup_epochs: float = field(metadata={"at_least": 0})
+    clip_grad_norm: float | None = field(metadata={"above": 0})
+    amp: str = field(metadata={"one_of": ("auto", "bf16", "fp16", "fp32")})
+    compile: bool
+    max_steps: int | None = field(metadata={"at_least": 1})
+    monitor_images: int = field(metadata={"at_least": 2})
+    log_every: int = field(metadata={"at_least": 1})
+    save_every_epochs: int = field(metadata={"at_least": 1})
+    save_every_steps: int | None = field(metadata={"at_least": 1})
+    keep_last: int = field(metadata={"at_least": 1})
+    resume: str = field(metadata={"one_of": ("auto", "never", "must")})
+
+
+@dataclass
+class EmbedConfig:
+    checkpoint: str
+    split: str = field(metadata={"one_of": ("test", "val")})
+    test_glob: str | None
+    batch_size: int = field(metadata={"at_least": 1})
+    flip: bool
+    references: bool
+    out: str
+
+
+@dataclass
+class EvalConfig:
+    embeddings: str
+    enroll_per_id: int = field(metadata={"at_least": 1})
+    seed: int = field(metadata={"at_least": 0})
+    top_k: list[int] = field(metadata={"at_least": 1})
+    bootstrap: int = field(metadata={"at_least": 100})
+    out: str
+
+
+@dataclass
+class Config:
+    command: str = field(metadata={"one_of": ("split", "train", "embed", "eval", "all")})
+    run: str
+    run_dir: str
+    seed: int = field(metadata={"at_least": 0})
+    device: str
+    data: dataio.DataConfig
+    split: dataio.SplitConfig
+    curriculum: dataio.CurriculumConfig
+    augment: dataio.AugmentConfig
+    backbone: moco.BackboneConfig
+    moco: moco.MocoConfig
+    train: TrainConfig
+    embed: EmbedConfig
+    eval: EvalConfig
+
+
+LIMITS: dict[str, tuple[str, Callable]] = {
+    "above": (">", lambda value, limit: value > limit),
+    "at_least": (">=", lambda value, limit: value >= limit),
+    "below": ("<", lambda value, limit: value < limit),
+    "at_most": ("<=", lambda value, limit: value <= limit),
+    "one_of": ("one of", lambda value, limit: value in limit),
+}
+
+
+def check_ranges(cfg: object, prefix: str = "") -> None:
+    """Check each setting against the limits beside its type. Raises ValueError that names the key, the value and what is allowed."""
+    for entry in dataclasses.fields(cfg):
+        value, key = getattr(cfg, entry.name), prefix + entry.name
+        if dataclasses.is_dataclass(value):
+            check_ranges(value, key + ".")
+            continue
+        for name, limit in entry.metadata.items():
+            sign, fits = LIMITS[name]
+            if not all(fits(v, limit) for v in (value if isinstance(value, list) else [value]) if v is not None):
+                shown = ", ".join(map(str, limit)) if name == "one_of" else limit
+                raise ValueError(f"{key}={value}: must be {sign} {shown}")
+
+
+def load_config(raw: DictConfig) -> Config:
+    """The composed settings as a typed `Config`. Raises ValueError, in one line, for an unknown key, a wrong type or a bad value."""
+    try:
+        plain = OmegaConf.to_container(raw, resolve=True)
+        cfg: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+    except Exception as error:                               # omegaconf's errors say the key in a line of their own
+        lines = [line.strip() for line in str(error).splitlines()]
+        key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
+        raise ValueError(f"{key}: {lines[0]}; see conf/config.yaml for the settings") from error
+    check_ranges(cfg)
+    points, shares = cfg.curriculum.progress, cfg.curriculum.digiface_share
+    if len(points) != len(shares) or sorted(set(points)) != points or not all(0 <= v <= 1 for v in points + shares):
+        raise ValueError(f"curriculum.progress={points}, digiface_share={shares}: two lists of one length in 0..1, progress ascending")
+    drawn_keys = cfg.train.batch_size * (2 if cfg.moco.symmetric else 1)
+    if cfg.moco.queue_size < drawn_keys:
+        raise ValueError(f"moco.queue_size={cfg.moco.queue_size}: must be >= {drawn_keys}, the keys of one step (train.batch_size)")
+    if len(cfg.backbone.layers) != 4 or min(cfg.backbone.layers) < 1:
+        raise ValueError(f"backbone.layers={cfg.backbone.layers}: must be four numbers >= 1")
+    return cfg
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runtime: device and precision
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first GPU if there is one. Raises ValueError for a device that this machine lacks."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name}: {dataio.first_line(error)}; choose auto, cpu, cuda, cuda:N or mps") from error
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The autocast type: `auto` is bf16 where the device computes in it, else fp16 on a GPU, else fp32."""
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    has_bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()      # emulated, it is slower than fp32
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def describe_machine(device: torch.device) -> dict:
+    """What else is needed to repeat a run: versions, commit, hardware."""
+    def git(*words: str) -> str | None:
+        done = subprocess.run(["git", "-C", str(CONF.parent), *words], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    return {
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__, "pyarrow": pa.__version__},
+        "commit": git("rev-parse", "HEAD"), "uncommitted_changes": bool(git("status", "--porcelain")),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Identities and rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sources_of(cfg: Config) -> dict[str, str]:
+    named = {"digiface": cfg.data.digiface_glob, "digi2real": cfg.data.digi2real_glob}
+    return {source: pattern for source, pattern in named.items() if pattern is not None}
+
+
+def find_sources(cfg: Config) -> dict[str, list[Path]]:
+    """The files of each source. Raises FileNotFoundError that tells a newcomer where the data comes from."""
+    folder = Path(cfg.data.digiface_glob).parent
+    if cfg.data.demo_identities and not any(folder.glob("*.parquet")):
+        dataio.write_demo_faces(folder, cfg.data.demo_identities, 16, 8, cfg.data.image_size, seed=0)
+    try:
+        return {source: dataio.find_files(pattern) for source, pattern in sources_of(cfg).items()}
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}.\nThe data is DigiFace-1M (github.com/microsoft/DigiFace1M) and Digi2Real (Idiap) as parquet, see README.md; set "
+            "data.digiface_glob and data.digi2real_glob.\nTo see everything work without data: uv run python sniperface.py experiment=demo"
+        ) from error
+
+
+def read_split_table(cfg: Config, extend: bool = False) -> dataio.Splits:
+    """The split table of the data, made if there is none. Raises ValueError for a table of another split or of other data."""
+    path = Path(cfg.split.out_dir) / "identity_splits.parquet"
+    wanted = {"seed": cfg.split.seed, "train_ratio": cfg.split.train_ratio, "validation_ratio": cfg.split.validation_ratio}
+    find_sources(cfg)
+    found = dataio.collect_unique_identities(list(sources_of(cfg).values()), cfg.data.columns)
+    if not path.exists():
+        splits = dataio.write_identity_splits(found, path, cfg.split.train_ratio, cfg.split.seed, cfg.split.validation_ratio)
+        log.info("%s: %s", path, ", ".join(f"{len(ids)} {side}" for side, ids in splits.identities.items()))
+        return splits
+    splits = dataio.read_identity_splits(path)
+    made_with = {key: splits.note.get(key) for key in wanted}
+    if made_with != wanted:
+        raise ValueError(f"{path} was made with {made_with}, asked for is {wanted}; set another split.out_dir, or the settings it was made with")
+    known = {identity: side for side, identities in splits.identities.items() for identity in identities}
+    new = [identity for identity in found if identity not in known]
+    if len(new) == len(found):
+        raise ValueError(f"{path} knows none of the {len(found)} identities of the data; set another split.out_dir")
+    if new and not extend:
+        log.warning("%s lacks %d identities of the data, which are left out; command=split adds them", path, len(new))
+    if new and extend:
+        splits = dataio.write_identity_splits(found, path, cfg.split.train_ratio, cfg.split.seed, cfg.split.validation_ratio, known)
+        log.info("%s: %d new identities: %s", path, len(new), {side: len(ids) for side, ids in splits.identities.items()})
+    return splits
+
+
+@dataclass
+class Rows:
+    """Where one side of the split is: for each source the files and the identities allowed in them (None: all)."""
+
+    sources: dict[str, tuple[list[str], list[str] | None]]
+    table: str                  # hash of the split table
+    shards: bool                # materialised shards, which need no filter
+
+
+def locate_rows(cfg: Config, side: str, shards: bool | None = None) -> Rows:
+    """Find the rows of one side of the split: in shards that are given by glob, in materialised ones (unless `shards` is False), or in
+    the data, filtered. Raises ValueError for shards of another side or split."""
+    files = find_sources(cfg)
+    notes = {source: dataio.read_metadata(paths[0]) for source, paths in files.items()}
+    if any("split" in note for note in notes.values()):                  # the globs name shards: their siblings are known
+        folders = {source: paths[0].parent.parent.parent / side / paths[0].parent.name for source, paths in files.items()}
+        tables = {note.get("table") for note in notes.values()}
+        if len(tables) != 1:
+            raise ValueError(f"{sources_of(cfg)}: shards of different splits (tables {tables}); materialise both with one command=split")
+        if side == "train" and any(note.get("split") != "train" for note in notes.values()):
+            raise ValueError(f"{sources_of(cfg)}: shards of {[n.get('split') for n in notes.values()]} identities; train on .../train/...")
+        return Rows({s: (complete_shards(folder, tables.copy().pop()), None) for s, folder in folders.items()}, tables.pop(), True)
+    splits = read_split_table(cfg)
+    folders = {source: Path(cfg.split.out_dir) / side / source for source in files}
+    if shards is not False and all(folder.is_dir() for folder in folders.values()):
+        indices = {s: dataio.build_index(list(map(str, paths)), splits.identities[side], cfg.data.columns) for s, paths in files.items()}
+        first = {s: dataio.read_metadata(dataio.find_files(str(folder / "*.parquet"))[0]) for s, folder in folders.items()}
+        if all((first[s].get("table"), first[s].get("source")) == (splits.hash, indices[s].fingerprint) for s in files):
+            return Rows({s: (complete_shards(folder, splits.hash), None) for s, folder in folders.items()}, splits.hash, True)
+        log.warning("%s: materialised from other data or another split; not used", Path(cfg.split.out_dir) / side)
+    if shards:
+        raise ValueError(f"{cfg.split.out_dir}: the run was started on materialised shards, which are not there any more; command=split makes them")
+    return Rows({s: (list(map(str, paths)), splits.identities[side]) for s, paths in files.items()}, splits.hash, False)
+
+
+def complete_shards(folder: Path, table: str) -> list[str]:
+    """The shards in a folder, all of them and of one split table. Raises ValueError otherwise."""
+    paths = dataio.find_files(str(folder / "*.parquet"))
+    notes = [dataio.read_metadata(path) for path in paths]
+    if any(note.get("table") != table or note.get("shards") != len(paths) for note in notes):
+        raise ValueError(f"{folder}: {len(paths)} shards, not the whole of split table {table}; delete the folder and run command=split")
+    return list(map(str, paths))
+
+
+def open_streams(cfg: Config, rows: Rows) -> dict[str, dataio.ParquetImageStream]:
+    return {
+        source: dataio.ParquetImageStream(
+            globs, cfg.data.shuffle_files, cfg.data.shuffle_buffer, cfg.data.batch_read_rows, allowed, columns=shard_columns(cfg, rows),
+            image_size=cfg.data.image_size, seed=draw_seed(cfg.seed, source), max_bad_fraction=cfg.data.max_bad_fraction,
+            max_image_pixels=cfg.data.max_image_pixels,
+        )
+        for source, (globs, allowed) in rows.sources.items()
+    }  # fmt: skip
+
+
+def shard_columns(cfg: Config, rows: Rows) -> dataio.Columns:
+    return dataio.COLUMNS if rows.shards else cfg.data.columns
+
+
+def cached(cfg: Config, streams: dict[str, dataio.ParquetImageStream], device: torch.device) -> list:
+    """The streams as data.cache asks for: as they are, from a map of decoded images, or from the device's memory."""
+    if cfg.data.cache == "none":
+        return list(streams.values())
+    if cfg.data.cache == "decoded":
+        return [dataio.DecodedCache(stream, cfg.data.cache_dir, cfg.data.workers) for stream in streams.values()]
+    return [dataio.DeviceCache(stream, cfg.data.cache_dir, cfg.data.workers, device) for stream in streams.values()]
+
+
+def split(cfg: Config, folder: Path) -> None:
+    """Write the split table, extended to new identities, and, if asked for, each side as shards."""
+    table = Path(cfg.split.out_dir) / "identity_splits.parquet"
+    splits = read_split_table(cfg, extend=True)
+    log.info("%s: %s (table %s)", table, ", ".join(f"{len(ids)} {side}" for side, ids in splits.identities.items()), splits.hash)
+    if cfg.split.materialize == "no":
+        return
+    for side, (source, paths) in itertools.product((s for s, ids in splits.identities.items() if ids), find_sources(cfg).items()):
+        out_dir = Path(cfg.split.out_dir) / side / source
+        shards = dataio.materialize_split(list(map(str, paths)), table, out_dir, side, cfg.data.columns)
+        log.info("%s: %d shards, %.2f GB", out_dir, len(shards), sum(path.stat().st_size for path in shards) / 1e9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints and the run folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+NOT_THE_RESULT = (                                           # settings that may differ when a run goes on
+    "command", "run", "run_dir", "device", "data.workers", "data.cache_dir", "train.max_steps", "train.log_every", "train.save_every_epochs",
+    "train.save_every_steps", "train.keep_last", "train.resume", "split.materialize", "embed", "eval",
+)  # fmt: skip
+
+
+def flat(settings: dict, prefix: str = "") -> dict[str, object]:
+    """Nested settings as {"train.lr": 0.1, ...}."""
+    pairs: dict[str, object] = {}
+    for key, value in settings.items():
+        pairs |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return pairs
+
+
+def differences(saved: dict, asked: dict) -> dict[str, tuple]:
+    """Settings of two runs that differ and decide the result: {key: (saved, asked)}."""
+    a, b = flat(saved), flat(asked)
+    pairs = {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
+    return {key: pair for key, pair in pairs.items() if not any((key + ".").startswith(free + ".") for free in NOT_THE_RESULT)}
+
+
+@contextlib.contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Only one process trains in a run folder. The lock goes with its process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"{folder}: another process is training here; wait for it, or choose another run=") from error
+        yield
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint: tensors and plain values only, nothing in it is executed. Raises ValueError if it is damaged or foreign."""
+    try:
+        with zipfile.ZipFile(path) as archive:               # torch writes a CRC for each record, and does not read it
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"record {damaged} does not match its checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not {"model", "config", "meta", "step"} <= state.keys():
+            raise ValueError("not a checkpoint of this program")
+        return state
+    except FileNotFoundError:
+        raise
+    except Exception as error:                               # zipfile, pickle and torch raise a dozen types for damaged files
+        raise ValueError(f"{path}: cannot be used: {dataio.first_line(error)}") from error
+
+
+def link(target: Path, name: Path) -> None:
+    """Let `name` mean the file `target`, at once, without a copy where the disk can link."""
+    temporary = name.with_name(f".{name.name}.link")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(target, temporary)
+    except OSError:
+        with write_whole(name) as copy:
+            copy.write_bytes(target.read_bytes())
+        return
+    os.replace(temporary, name)
+    temporary.unlink(missing_ok=True)                        # a rename onto the same file does nothing at all
+    dataio.sync_folder(name.parent)
+
+
+def latest_checkpoint(folder: Path) -> dict | None:
+    """The newest readable checkpoint of a run, None if there never was one. Raises ValueError if there are only damaged ones."""
+    paths = sorted(folder.glob("checkpoints/*.pt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    usable = []
+    for path in paths:
+        try:
+            usable.append(load_checkpoint(path))
+            if path.name != "best.pt":
+                break
+        except ValueError as error:
+            log.error("%s; trying the one before", error)
+    if paths and not usable:
+        raise ValueError(f"{folder}/checkpoints: none of {len(paths)} checkpoints can be read; delete the folder to train from scratch")
+    return max(usable, key=lambda state: state["step"], default=None)
+
+
+def free_run_name(folder: Path) -> str:
+    """The next name of a run that is not taken: run_001 -> run_002."""
+    stem = folder.name.rstrip("0123456789").rstrip("_") or "run"
+    return next(name for n in itertools.count(1) if not (folder.parent / (name := f"{stem}_{n:03d}")).exists())
+
+
+def check_same_run(saved: dict, cfg: Config, folder: Path) -> None:
+    """Raise ValueError if going on would mix two runs, with the command that does what was asked."""
+    changed = differences(saved["config"], dataclasses.asdict(cfg))
+    if changed:
+        told = "; ".join(f"{key} was {was!r}, asked is {now!r}" for key, (was, now) in list(changed.items())[:6])
+        words = [word for word in sys.argv[1:] if not word.startswith("run=")]
+        again = " ".join(["uv run python sniperface.py", *(f"'{w}'" if set(w) & set("*, ()[]{}\"") else w for w in words)])
+        raise ValueError(f"{folder} holds another run: {told}.\nFor a new one: {again} run={free_run_name(folder)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class StopAsked:
+    """Notes the first SIGINT or SIGTERM, so that training stops at the next step boundary; the second one stops at once."""
+
+    def __enter__(self) -> "StopAsked":
+        self.signal: int | None = None
+        self.usual = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number: int, frame: object) -> None:
+        self.signal = number
+        for each, handler in self.usual.items():
+            signal.signal(each, handler)
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.usual.items():
+            signal.signal(number, handler)
+
+
+def lr_at(step: int, total_steps: int, steps_per_epoch: int, cfg: TrainConfig) -> float:
+    """Linear warm-up, then half a cosine to zero (arXiv:1608.03983)."""
+    warmup = cfg.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return cfg.lr * (step + 1) / (warmup + 1)
+    return cfg.lr * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup))) / 2
+
+
+def build_model(cfg: Config) -> moco.MoCo:
+    """The untrained model: the same weights for the same seed, whatever was drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(draw_seed(cfg.seed, "weights"))
+        return moco.build_moco(cfg.backbone, cfg.moco)
+
+
+def build_optimizer(model: moco.MoCo, cfg: TrainConfig, device: torch.device) -> torch.optim.SGD:
+    """SGD with momentum; no weight decay on what has one dimension: BatchNorm, PReLU and biases."""
+    trained = [p for p in model.query.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, fused=device.type in ("cpu", "cuda"))
+
+
+class Training:
+    """All that a step changes and a checkpoint holds: the model, the optimiser, the scaler, the monitor and the step."""
+
+    def __init__(self, cfg: Config, device: torch.device):
+        self.cfg, self.device, self.step = cfg, device, 0
+        self.precision = pick_precision(cfg.train.amp, device)
+        self.model = build_model(cfg).to(device, memory_format=torch.channels_last)
+        self.optimizer = build_optimizer(self.model, cfg.train, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
+        self.first_bad_step = torch.tensor(-1, device=device)        # of the loss; set on the device, so that no step waits
+        self.monitor: dict[str, float] = {"untrained": math.nan, "last": math.nan, "best": math.inf}
+        self.meta: dict[str, object] = {}
+
+    def state_dict(self) -> dict:
+        return {
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "step": self.step, "monitor": dict(self.monitor), "config": dataclasses.asdict(self.cfg), "meta": self.meta,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.monitor, self.meta = state["step"], dict(state["monitor"]), state["meta"]
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
+
+    def views(self, images: Tensor, purpose: str, step: int) -> tuple[Tensor, Tensor]:
+        return two_views(images, self.cfg.augment, draw(self.cfg.seed, purpose, step))
+
+
+def fill_queue(training: Training, mix: dataio.CurriculumMixStream, schedule: dataio.Schedule) -> None:
+    """Fill the queue with keys before the first step: of the last images of the first epoch, which the next steps will not draw."""
+    cfg, model = training.cfg, training.model
+    steps = min(schedule.steps_per_epoch, -(-cfg.moco.queue_size // cfg.train.batch_size))
+    first = schedule.steps_per_epoch - steps
+    batches = mix.batches(first, schedule.steps_per_epoch, training.device, cfg.data.workers)
+    model.train()
+    filled = 0
+    for step, images in enumerate(tqdm(batches, total=steps, desc="filling the queue", unit="batch", leave=False)):
+        view_q, view_k = training.views(images, "fill", step)
+        with torch.no_grad(), training.autocast():
+            if cfg.moco.guard == "eman" and step == 0:                   # cold statistics make worse keys than no guard at all
+                moco.calibrate_batchnorm(model.query, [view_q])
+                model.key.load_state_dict(model.query.state_dict())
+            keys = model.encode_keys(view_k, draw(cfg.seed, "fill-shuffle", step))
+        model.enqueue(keys[: cfg.moco.queue_size])
+        filled += len(keys)
+    while filled < cfg.moco.queue_size:                                  # an epoch is shorter than the queue: say it twice
+        model.enqueue(model.queue[: cfg.moco.queue_size - filled].clone())
+        filled += min(filled, cfg.moco.queue_size - filled)
+    model.queue_ptr.zero_()
+
+
+class Monitor:
+    """A label-free figure that does not saturate: InfoNCE on fixed images under fixed hard views, each against all the others."""
+
+    def __init__(self, training: Training, mix: dataio.CurriculumMixStream, schedule: dataio.Schedule):
+        cfg = training.cfg
+        steps = min(schedule.steps_per_epoch, -(-cfg.train.monitor_images // cfg.train.batch_size))
+        images = torch.cat([images.cpu() for images in mix.batches(0, steps, workers=cfg.data.workers)])[: cfg.train.monitor_images]
+        harder = dataclasses.replace(cfg.augment, **{
+            name: dataclasses.replace(op, p=math.sqrt(op.p)) for name, op in vars(cfg.augment).items() if isinstance(op, dataio.Op)
+        })  # fmt: skip
+        self.parts = [
+            two_views(part.to(training.device), harder, draw(cfg.seed, "monitor", i)) for i, part in enumerate(images.split(cfg.train.batch_size))
+        ]
+
+    @torch.no_grad()
+    def measure(self, training: Training) -> float:
+        """Loss in nats; ln(M) is chance for M images. The query encoder alone, as embed uses it."""
+        model = training.model.eval()
+        with training.autocast():
+            q, k = (torch.cat([model.encode_queries(views[side]) for views in self.parts]) for side in (0, 1))
+        model.train()
+        return float(F.cross_entropy(q @ k.T / training.cfg.moco.temperature, torch.arange(len(q), device=q.device)))
+
+
+def save_checkpoint(training: Training, folder: Path, epoch: int | None) -> None:
+    """Save the state whole, as epoch_XX.pt or step_NNNNNNN.pt, let last.pt mean it, and rotate the older ones."""
+    check_finite(training)
+    checkpoints = folder / "checkpoints"
+    name = f"step_{training.step:07d}.pt" if epoch is None else f"epoch_{epoch:02d}.pt"
+    with write_whole(checkpoints / name) as temporary:
+        torch.save(training.state_dict(), temporary)
+    link(checkpoints / name, checkpoints / "last.pt")
+    if epoch is not None and training.monitor["last"] <= training.monitor["best"]:
+        link(checkpoints / name, checkpoints / "best.pt")
+    final = checkpoints / f"epoch_{training.cfg.train.epochs:02d}.pt"
+    for pattern, keep in (("step_*.pt", 2 if epoch is None else 0), ("epoch_*.pt", training.cfg.train.keep_last)):
+        old = sorted(checkpoints.glob(pattern), key=lambda path: int(path.stem.split("_")[1]))
+        for path in old[: max(0, len(old) - keep)]:
+            if path not in (final, checkpoints / name):
+                path.unlink()
+
+
+def check_finite(training: Training) -> None:
+    """Raise FloatingPointError if a loss was not finite; waits for the device."""
+    bad = int(training.first_bad_step)
+    if bad >= 0:
+        raise FloatingPointError(f"the loss of step {bad} is not finite; the last checkpoint is from before. Lower train.lr, or set train.amp=fp32")
+
+
+def start_log(path: Path, step: int, log_every: int) -> None:
+    """Keep the lines of the log up to `step`; a line of an unplanned stop goes too, so that the log is that of an unbroken run."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):                  # the last line of a killed process may be half a line
+            entry = json.loads(line)
+            if entry["step"] < step or (entry["step"] == step and (step % log_every == 0 or "monitor_loss" in entry)):
+                lines.append(line + "\n")
+    with write_whole(path) as temporary:
+        temporary.write_text("".join(lines))
+
+
+def say_what_trains(training: Training, sources: list, schedule: dataio.Schedule, rows: Rows) -> None:
+    cfg, model = training.cfg, training.model
+    weights = sum(p.numel() for p in model.query.parameters())
+    log.info(
+        "%s images in %d steps an epoch, %d epochs; %s (%.1f M weights), %s on %s; order: %s%s",
+        " + ".join(f"{len(source):,}" for source in sources), schedule.steps_per_epoch, cfg.train.epochs, cfg.backbone.name, weights / 1e6,
+        str(training.precision).removeprefix("torch."), training.device, sources[0].order_kind, " of materialised shards" if rows.shards else "",
+    )  # fmt: skip
+    if cfg.moco.queue_size > schedule.steps_per_epoch * schedule.batch_size / 2:
+        log.warning(
+            "moco.queue_size=%d holds more than half an epoch (%d images): many negatives are pictures of the query's own face",
+            cfg.moco.queue_size, schedule.steps_per_epoch * schedule.batch_size,
+        )  # fmt: skip
+
+
+def train(cfg: Config, folder: Path) -> float:
+    """Train, or go on where the run stopped; returns the objective for sweeps, higher is better."""
+    with run_lock(folder):
+        saved = None if cfg.train.resume == "never" else latest_checkpoint(folder)
+        if cfg.train.resume == "never" and (folder / "train_log.jsonl").exists():
+            raise ValueError(f"{folder} holds a run and train.resume=never; set another run=, for instance run={free_run_name(folder)}")
+        if cfg.train.resume == "must" and saved is None:
+            raise FileNotFoundError(f"{folder}/checkpoints: nothing to resume, and train.resume=must")
+        if saved:
+            check_same_run(saved, cfg, folder)
+        device = pick_device(cfg.device)
+        training = Training(cfg, device)
+        rows = locate_rows(cfg, "train", shards=saved["meta"]["shards"] if saved else None)
+        sources = cached(cfg, open_streams(cfg, rows), device)
+        schedule = dataio.Schedule(cfg.curriculum, [len(source) for source in sources], cfg.train.batch_size, cfg.train.epochs)
+        last_step = min(schedule.total_steps, cfg.train.max_steps or schedule.total_steps)
+        data = {"table": rows.table, "shards": rows.shards, "sources": [source.fingerprint for source in sources]}
+        if saved:
+            changed = {key: (saved["meta"][key], now) for key, now in data.items() if saved["meta"][key] != now}
+            if changed:
+                raise ValueError(f"{folder}: the data is not what the run was started on: {changed}; restore it, or set another run=")
+            training.load_state_dict(saved)
+            if training.step >= last_step:
+                log.info("%s: finished, %d steps; nothing to do", folder, training.step)
+                return -training.monitor["best"]
+            log.info("going on from step %d of %d", training.step, schedule.total_steps)
+        training.meta = {**data, **describe_machine(device)}
+        write_run_files(cfg, folder, training.meta)
+        mix = dataio.CurriculumMixStream(sources[0], sources[1] if len(sources) == 2 else None, 0, schedule)
+        monitor = Monitor(training, mix, schedule)
+        say_what_trains(training, sources, schedule, rows)
+        if not saved:
+            draw_views(training, mix, folder / "plots" / "views.png")
+            fill_queue(training, mix, schedule)
+            training.monitor["untrained"] = monitor.measure(training)
+        start_log(folder / "train_log.jsonl", training.step, cfg.train.log_every)
+        run_steps(training, mix, schedule, monitor, last_step, folder)
+        return -training.monitor["best"]
+
+
+def run_steps(
+    training: Training, mix: dataio.CurriculumMixStream, schedule: dataio.Schedule, monitor: Monitor, last_step: int, folder: Path
+) -> None:
+    """The training loop: each line is one step of the paper."""
+    cfg, model, optimizer, scaler = training.cfg, training.model.train(), training.optimizer, training.scaler
+    clip = cfg.train.clip_grad_norm or math.inf
+    batches = mix.batches(training.step, last_step, training.device, cfg.data.workers)
+    run_batch = torch.compile(model) if cfg.train.compile else model
+    timer = Timer(cfg.train.batch_size)
+    with StopAsked() as stop, open(folder / "train_log.jsonl", "a") as log_file, progress_bar(training, schedule) as bar:
+        for step in range(training.step, last_step):
+            set_lr(optimizer, lr_at(step, schedule.total_steps, schedule.steps_per_epoch, cfg.train))
+            momentum = moco.key_momentum_at(step / schedule.total_steps, cfg.moco.key_momentum, cfg.moco.key_momentum_schedule)
+            with timer.waiting():
+                images = next(batches)                                   # uint8 [B, 3, 112, 112], on the device
+            view_q, view_k = training.views(images, "augment", step)     # float [B, 3, 112, 112] in [-1, 1]
+            torch.manual_seed(draw_seed(cfg.seed, "dropout", step))
+            with training.autocast():
+                out = run_batch(view_q, view_k, draw(cfg.seed, "shuffle", step))
+            scaler.scale(out.loss).backward()
+            scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.query.parameters(), clip)      # after backward; inf only measures
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            model.update_key_encoder(momentum)
+            model.enqueue(out.keys)                                      # after backward: the queue needs no copy
+            bad = ~torch.isfinite(out.loss) & (training.first_bad_step < 0)
+            training.first_bad_step = torch.where(bad, step + 1, training.first_bad_step)
+            training.step = step + 1
+
+            bar.update(len(images))
+            epoch, in_epoch = divmod(training.step, schedule.steps_per_epoch)
+            stopping = training.step == last_step or stop.signal is not None
+            entry = {}
+            if in_epoch == 0:
+                entry["monitor_loss"] = training.monitor["last"] = monitor.measure(training)
+                training.monitor["best"] = min(training.monitor["best"], training.monitor["last"])
+            if training.step % cfg.train.log_every == 0 or in_epoch == 0 or stopping:
+                entry = step_figures(training, out, grad_norm, momentum, schedule) | timer.lap(training.step) | entry
+                log_file.write(json.dumps(entry) + "\n")
+                log_file.flush()
+                bar.set_postfix(loss=f"{entry['loss']:.3f}", top1=f"{entry['instance_top1']:.2f}", wait=f"{entry['data_wait']:.0%}")
+                check_finite(training)
+            if in_epoch == 0 and (epoch % cfg.train.save_every_epochs == 0 or stopping):
+                save_checkpoint(training, folder, epoch)
+            elif stopping or (cfg.train.save_every_steps and training.step % cfg.train.save_every_steps == 0):
+                save_checkpoint(training, folder, None)
+            if stop.signal is not None:
+                log.warning("stopped at step %d, saved; the same command goes on from here", training.step)
+                raise SystemExit(128 + stop.signal)
+    if training.step < schedule.total_steps:
+        log.info("stopped at train.max_steps=%d of %d; the same command without it goes on", training.step, schedule.total_steps)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+class Timer:
+    """Images a second and the share of the time that the step waited for data, since the last lap."""
+
+    def __init__(self, batch_size: int):
+        self.batch_size, self.started, self.lap_started, self.waited, self.step = batch_size, time.perf_counter(), time.perf_counter(), 0.0, None
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+        self.steps = getattr(self, "steps", 0) + 1
+
+    def lap(self, step: int) -> dict[str, float]:
+        now = time.perf_counter()
+        passed = now - self.lap_started
+        figures = {
+            "images_per_s": round(self.steps * self.batch_size / passed, 1), "data_wait": round(self.waited / passed, 4),
+            "seconds": round(now - self.started, 2),
+        }  # fmt: skip
+        self.lap_started, self.waited, self.steps = now, 0.0, 0
+        return figures
+
+
+def step_figures(training: Training, out: moco.StepOutput, grad_norm: Tensor, key_momentum: float, schedule: dataio.Schedule) -> dict:
+    """What a line of the log says of a step; the only place of the loop that waits for the device."""
+    cfg, step = training.cfg, training.step
+    since = max(0, (step - 1) // cfg.train.log_every * cfg.train.log_every)
+    tensors = {name: round(value.item(), 6) for name, value in out._asdict().items() if value.ndim == 0 and name != "queue_ptr"}
+    return {
+        "step": step, "epoch": (step - 1) // schedule.steps_per_epoch + 1, **tensors,
+        "chance_loss": round(moco.chance_loss(cfg.moco.queue_size, cfg.moco.temperature, cfg.moco.margin), 6),
+        "queue_ptr": int(out.queue_ptr), "lr": training.optimizer.param_groups[0]["lr"], "key_momentum": key_momentum,
+        "grad_norm": round(float(grad_norm), 6), "digiface_share": round(schedule.digiface_share(since, step), 4),
+    }  # fmt: skip
+
+
+def progress_bar(training: Training, schedule: dataio.Schedule) -> tqdm:
+    batch = schedule.batch_size
+    return tqdm(total=schedule.total_steps * batch, initial=training.step * batch, desc="training", unit="image", smoothing=0.1)
+
+
+def write_run_files(cfg: Config, folder: Path, meta: dict) -> None:
+    with write_whole(folder / "config.yaml") as temporary:
+        temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg))))
+    with write_whole(folder / "environment.json") as temporary:
+        temporary.write_text(json.dumps(meta, indent=1))
+
+
+def draw_views(training: Training, mix: dataio.CurriculumMixStream, path: Path) -> None:
+    """A sheet of pairs, a column an image: the picture, the query's view, the key's view. A person must still see who it is."""
+    images = next(iter(mix.batches(0, 1, training.device, training.cfg.data.workers)))[:12]
+    view_q, view_k = training.views(images, "augment", 0)
+    rows = [images, *(((view + 1) * 127.5).round().to(torch.uint8) for view in (view_q, view_k))]
+    sheet = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)                          # [3, 3*S, 12*S]
+    with write_whole(path) as temporary:
+        Image.fromarray(sheet.permute(1, 2, 0).cpu().numpy()).save(temporary, "png")
+    log.info("%s: pairs as the encoder will see them; a person should still tell who it is", path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# embed
+# ---------------------------------------------------------------------------------------------------------------------
+
+Encoder = Callable[[Tensor], Tensor]        # uint8 [n, 3, S, S] -> unit rows float32 [n, D]
+REFERENCE_IMAGES = 4096                     # train images that the references are fitted on
+PCA_SIDE_PX, PCA_COMPONENTS = 32, 128
+
+
+def backbone_encoder(backbone: nn.Module, device: torch.device, flip: bool) -> Encoder:
+    """A frozen backbone as an encoder, in fp32, so that a vector does not depend on its batch; `flip` adds the mirrored picture."""
+    backbone = backbone.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+    def encode(images: Tensor) -> Tensor:
+        views = dataio.to_float(images.to(device))
+        embedding = backbone(views) + (backbone(views.flip(3)) if flip else 0)
+        return F.normalize(embedding.float()).cpu()
+
+    return encode
+
+
+def pca_encoder(images: Tensor) -> Encoder:
+    """Whitened principal components of small grey pictures, fitted on `images` uint8 [n, 3, S, S] without labels (eigenfaces)."""
+    def small_grey(images: Tensor) -> Tensor:
+        grey = dataio.to_float(images).mul(torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+        return F.interpolate(grey, size=(PCA_SIDE_PX, PCA_SIDE_PX), mode="bilinear", antialias=True).flatten(1).double()   # [n, side^2]
+
+    fitted = torch.cat([small_grey(part) for part in images.split(512)])
+    mean = fitted.mean(0)
+    values, vectors = torch.linalg.eigh((fitted - mean).T @ (fitted - mean) / len(fitted))
+    count = min(PCA_COMPONENTS, len(fitted) - 1)
+    basis = vectors[:, -count:] / values[-count:].clamp(min=1e-9).sqrt()                             # [side^2, count]
+    return lambda images: F.normalize((small_grey(images) - mean) @ basis).float()
+
+
+def reference_encoders(cfg: Config, device: torch.device) -> dict[str, Encoder]:
+    """What any encoder must beat: itself untrained (its statistics calibrated, else it is weaker than need be) and PCA."""
+    streams = list(open_streams(cfg, locate_rows(cfg, "train")).values())
+    schedule = dataio.Schedule(None, [len(stream) for stream in streams], min(256, sum(map(len, streams))), 1)
+    mix = dataio.CurriculumMixStream(streams[0], streams[1] if len(streams) == 2 else None, 0, schedule)
+    steps = min(schedule.steps_per_epoch, REFERENCE_IMAGES // 256)
+    images = torch.cat(list(mix.batches(0, steps, workers=cfg.data.workers)))
+    backbone = build_model(cfg).query.backbone.to(device)
+    moco.calibrate_batchnorm(backbone, (dataio.to_float(part.to(device)) for part in images.split(256)))
+    return {"untrained": backbone_encoder(backbone, device, cfg.embed.flip), "pca": pca_encoder(images)}
+
+
+def find_checkpoint(cfg: Config, folder: Path) -> Path:
+    """`last`, `best`, `epoch_XX` of this run, or a path. Raises FileNotFoundError that says what there is."""
+    name = cfg.embed.checkpoint
+    path = Path(name) if name.endswith(".pt") else folder / "checkpoints" / f"{name}.pt"
+    if not path.exists():
+        there = ", ".join(sorted(p.stem for p in (folder / "checkpoints").glob("*.pt"))) or "none"
+        raise FileNotFoundError(f"{path}: no such checkpoint (embed.checkpoint={name}); in {folder}: {there}. command=train makes them")
+    return path
+
+
+def settings_of(state: dict, cfg: Config, typed: set[str]) -> Config:
+    """The checkpoint's settings, with data.*, split.*, embed.* and the like as typed. Raises ValueError for a typed contradiction."""
+    free = ("command", "run", "run_dir", "device", "data", "split", "embed", "eval", "experiment", "train.max_steps", "train.resume")
+    asked, saved = flat(dataclasses.asdict(cfg)), flat(state["config"])
+    merged = dict(saved)
+    for key, value in asked.items():
+        is_typed = any((key + ".").startswith(word + ".") for word in typed)
+        if key.split(".")[0] in ("embed", "eval", "command", "run", "run_dir", "device") or (is_typed and any((key + ".").startswith(f + ".") for f in free)):
+            merged[key] = value
+        elif is_typed and saved.get(key) != value and key not in NOT_THE_RESULT:
+            raise ValueError(f"{key}={value}: the checkpoint was trained with {saved.get(key)}; leave it out, or train another run")
+    nested: dict = {}
+    for key, value in merged.items():
+        *parents, leaf = key.split(".")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return load_config(OmegaConf.create(nested))
+
+
+def decoded_rows(index: dataio.RowIndex, columns: dataio.Columns, cfg: Config, pool: ThreadPoolExecutor) -> Iterator[tuple[pa.Table, Tensor]]:
+    """Rows in the order of the files with their pictures uint8 [n, 3, S, S]; broken ones are left out, named and counted."""
+    bad, seen = dataio.BadImages(cfg.data.max_bad_fraction), 0
+
+    def decode(data: pa.Scalar) -> np.ndarray | ValueError:
+        try:
+            return dataio.decode_image(data.as_buffer() if data.is_valid else b"", cfg.data.image_size, cfg.data.max_image_pixels)
+        except ValueError as error:
+            return error
+
+    for table in dataio.read_rows(index, columns):
+        pictures = list(pool.map(decode, table["image_bytes"], chunksize=32))
+        good = [i for i, picture in enumerate(pictures) if isinstance(picture, np.ndarray)]
+        for i in set(range(len(pictures))) - set(good):
+            bad.add(index.paths[0].parent / table["image_filename"][i].as_py(), i, str(pictures[i]))
+        seen += len(pictures)
+        bad.judge(seen, len(index.unit))
+        if good:
+            yield table.select(["identity_id", "image_filename"]).take(good), torch.from_numpy(np.stack([pictures[i] for i in good])).permute(0, 3, 1, 2)
+
+
+def write_embeddings(paths: dict[Path, Encoder], sources: dict, cfg: Config, notes: dict[Path, dict]) -> int:
+    """Encode the rows of `sources` {name: (index, columns)} with each encoder, in one pass, into parquet; returns how many."""
+    total, done = sum(len(index.unit) for index, _ in sources.values()), 0
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(cfg.data.workers or os.cpu_count()))
+        temporaries = {path: stack.enter_context(write_whole(path)) for path in paths}
+        writers: dict[Path, pq.ParquetWriter] = {}
+        bar = stack.enter_context(tqdm(total=total, desc="embedding", unit="image"))
+        for source, (index, columns) in sources.items():
+            for table, images in decoded_rows(index, columns, cfg, pool):
+                for path, encode in paths.items():
+                    vectors = torch.cat([encode(part) for part in images.split(cfg.embed.batch_size)]).numpy()
+                    rows = embedding_table(table, source, vectors)
+                    if path not in writers:
+                        schema = dataio.with_metadata(rows.schema, notes[path])
+                        writers[path] = pq.ParquetWriter(temporaries[path], schema, compression="none")
+                    writers[path].write_table(rows)
+                done += len(table)
+                bar.update(len(table))
+        if not done:
+            raise ValueError("not one image to embed: the chosen rows are empty")
+        for writer in writers.values():
+            writer.close()
+    return done
+
+
+def embedding_table(table: pa.Table, source: str, vectors: np.ndarray) -> pa.Table:
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1), pa.float32()), vectors.shape[1])
+    return table.append_column("source", pa.array([source] * len(table))).append_column("embedding", column)
+
+
+def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
+    """Write the frozen encoder's vectors of unseen identities, and those of the references beside them."""
+    device = pick_device(cfg.device)
+    path = find_checkpoint(cfg, folder)
+    state = load_checkpoint(path)
+    cfg = settings_of(state, cfg, typed)
+    model = build_model(cfg)
+    model.load_state_dict(state["model"])
+    rows = None if cfg.embed.test_glob else locate_rows(cfg, cfg.embed.split, shards=state["meta"]["shards"] or None)
+    if rows is None:
+        indices = {"file": (dataio.build_index(cfg.embed.test_glob, None, cfg.data.columns), cfg.data.columns)}
+    else:
+        if rows.table != state["meta"]["table"]:
+            raise ValueError(f"{path} was trained with split table {state['meta']['table']}, {cfg.split.out_dir} has {rows.table}: its test identities may have been trained on")
+        columns = shard_columns(cfg, rows)
+        indices = {s: (dataio.build_index(globs, allowed, columns), columns) for s, (globs, allowed) in rows.sources.items()}
+    out = folder / cfg.embed.out
+    encoders = {out: backbone_encoder(model.query.backbone, device, cfg.embed.flip)}
+    if cfg.embed.references:
+        encoders |= {reference_path(out, name): encoder for name, encoder in reference_encoders(cfg, device).items()}
+    note = {
+        "table": state["meta"]["table"], "split": cfg.embed.split if rows else None, "step": state["step"], "flip": cfg.embed.flip,
+        "data": [index.fingerprint for index, _ in indices.values()],
+    }  # fmt: skip
+    fingerprint = dataio.digest(*(f"{name} {value.double().sum().item()}" for name, value in state["model"].items()))
+    names = [fingerprint, f"untrained seed {cfg.seed}", f"pca {PCA_COMPONENTS} of {PCA_SIDE_PX} px"]
+    notes = {file: note | {"checkpoint": name} for file, name in zip(encoders, names, strict=False)}
+    count = write_embeddings(encoders, indices, cfg, notes)
+    log.info("%s: %d vectors of %s (step %d), %s", out, count, path, state["step"], "with references" if cfg.embed.references else "no references")
+
+
+def reference_path(embeddings: Path, name: str) -> Path:
+    """test_embeddings.parquet -> test_embeddings.untrained.parquet"""
+    return embeddings.with_name(f"{embeddings.stem}.{name}.parquet")
+
+
+def evaluate(cfg, folder): pass
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dispatch
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train_and_measure(cfg: Config, folder: Path, typed: set[str]) -> float | None:
+    """The whole path in one process: table, train, embed, eval."""
+    objective = train(cfg, folder)
+    embed(cfg, folder, typed)
+    evaluate(cfg, folder)
+    return objective
+
+
+COMMANDS: dict[str, Callable[[Config, Path, set[str]], float | None]] = {
+    "split": lambda cfg, folder, typed: split(cfg, folder),
+    "train": lambda cfg, folder, typed: train(cfg, folder),
+    "embed": embed,
+    "eval": lambda cfg, folder, typed: evaluate(cfg, folder),
+    "all": train_and_measure,
+}
+
+
+def typed_keys(overrides: Iterable[str]) -> set[str]:
+    """The settings that the user wrote on the command line: ["+train.lr=1"] -> {"train.lr"}."""
+    return {word.lstrip("+~").split("=")[0].split("@")[0] for word in overrides}
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def main(raw: DictConfig) -> float | None:
+    """Run one command; what it returns is the objective for sweepers, higher is better."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        cfg = load_config(raw)
+        with logging_redirect_tqdm():
+            return COMMANDS[cfg.command](cfg, folder, typed_keys(HydraConfig.get().overrides.task))
+    except Exception:
+        log.debug("failed", exc_info=True)                               # for log.txt: the terminal gets one line
+        raise
+
+
+if __name__ == "__main__":
+    os.environ["HYDRA_FULL_ERROR"] = "1"                                 # so that Hydra's own refusals arrive below as exceptions
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"sniperface: {error}")
