@@ -287,6 +287,13 @@ def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | 
     return RowIndex(files, paths, np.array(units, np.int32), np.concatenate(unit_of_row), np.concatenate(row_of_row), fingerprint)
 
 
+def place_of(index: RowIndex, i: int) -> tuple[Path, int]:
+    """Path of the file and row in it, counted from 0, of row `i` of the index."""
+    number, group = index.units[index.unit[i]].tolist()
+    before = sum(index.files[number].row_group(g).num_rows for g in range(group))
+    return index.paths[number], before + int(index.row[i])
+
+
 def draw_seed(seed: int, purpose: str, *address: int) -> int:
     """The seed of one draw, addressed by purpose and place: nothing random is carried along, so nothing random must be saved."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}/{'/'.join(map(str, address))}".encode()).digest()[:7])
@@ -401,7 +408,7 @@ def materialize_split(
     out_dir, splits = Path(out_dir), read_identity_splits(splits_table)
     index = build_index(input_glob, splits.identities[split_name], columns)
     rows, size = len(index.unit), image_bytes_of(index, columns)
-    shuffled, count = split_name != "test", min(len(index.unit), -(-size // SHARD_BYTES))
+    shuffled, count = split_name == "train", min(len(index.unit), -(-size // SHARD_BYTES))
     note = {"split": split_name, "table": splits.hash, "source": index.fingerprint, "rows": rows, "shards": count}
     names = [f"{out_dir.name}_{shard:05d}.parquet" for shard in range(count)]
     if out_dir.exists() and all((out_dir / name).exists() and read_metadata(out_dir / name) == note for name in names):
@@ -499,15 +506,15 @@ def decode_image(data: bytes | memoryview, size: int, max_pixels: int) -> np.nda
 class BadImages:
     """Counts broken images, each once, names the first ones in the log, and ends the run when they are too many."""
 
-    def __init__(self, max_fraction: float):
-        self.max_fraction, self.found, self.lock = max_fraction, {}, threading.Lock()
+    def __init__(self, max_fraction: float, instead: str):
+        self.max_fraction, self.instead, self.found, self.lock = max_fraction, instead, {}, threading.Lock()
 
     def add(self, path: Path, row: int, reason: str) -> None:
         with self.lock:
             if (path, row) not in self.found:
                 self.found[path, row] = reason
                 if len(self.found) <= 10:
-                    log.warning("%s row %d: broken image (%s); another one of its row group stands in for it", path, row, reason)
+                    log.warning("%s row %d: broken image (%s); %s", path, row, reason, self.instead)
 
     def judge(self, seen: int, whole: int) -> None:
         """Raise ValueError if more than the allowed fraction of `seen` images is broken; judged from 1,000 on, or the whole source."""
@@ -544,7 +551,7 @@ class ParquetImageStream:
         self.index = index or build_index(globs, allowed_identities, columns)
         self.shuffle_files, self.shuffle_buffer, self.batch_read_rows = shuffle_files, shuffle_buffer, batch_read_rows
         self.image_size, self.seed, self.max_pixels = image_size, seed, max_image_pixels
-        self.bad = BadImages(max_bad_fraction)
+        self.bad = BadImages(max_bad_fraction, "a readable one of its row group stands in for it")
         self.starts = np.searchsorted(self.index.unit, np.arange(len(self.index.units) + 1))     # first row of each unit
         self.loaded: dict[tuple[int, int], Future] = {}                  # encoded rows by (pass, unit), from first to last use
         self.to_come: dict[int, np.ndarray] = {}                         # by pass: images of each unit that are still to be drawn
@@ -588,12 +595,6 @@ class ParquetImageStream:
             raise ValueError(f"{path} row group {group}: ends at row {offset}, the index expects row {wanted[-1]}; has the file changed?")
         return pa.concat_arrays(parts)
 
-    def row_in_file(self, unit: int, place: int) -> tuple[Path, int]:
-        """Path and row number, counted from the start of the file, of the allowed row `place` of a unit."""
-        number, group = self.index.units[unit].tolist()
-        before = sum(self.index.files[number].row_group(g).num_rows for g in range(group))
-        return self.index.paths[number], before + int(self.index.row[self.starts[unit] + place])
-
     def decode_row(self, unit: int, place: int, encoded: pa.LargeBinaryArray) -> np.ndarray:
         """Decode one image; for a broken one the next readable one of the row group, going round, then of the next row groups."""
         for step in range(len(self.index.units)):
@@ -603,7 +604,7 @@ class ParquetImageStream:
                     data = encoded[candidate].as_buffer() if encoded[candidate].is_valid else b""
                     return decode_image(data, self.image_size, self.max_pixels)
                 except ValueError as error:
-                    self.bad.add(*self.row_in_file(unit, candidate), str(error))
+                    self.bad.add(*place_of(self.index, int(self.starts[unit]) + candidate), str(error))
             unit, place = (unit + 1) % len(self.index.units), 0
             encoded = self.read_unit(unit) if step + 1 < len(self.index.units) else encoded
         raise ValueError(f"{self.globs}: not one of {len(self)} images can be decoded; the first: {next(iter(self.bad.found.items()))}")
@@ -1101,13 +1102,13 @@ def demo_person(identity: int, seed: int) -> SimpleNamespace:
 
 def demo_look(rng: np.random.Generator) -> SimpleNamespace:
     """What differs between two pictures of a person: pose (radians, face units), expression, light, things worn."""
-    yaw, pitch, roll = np.clip(rng.normal(0, (0.28, 0.14, 0.1)), (-0.55, -0.3, -0.25), (0.55, 0.3, 0.25))
+    yaw, pitch, roll = np.clip(rng.normal(0, (0.16, 0.08, 0.18)), (-0.4, -0.2, -0.4), (0.4, 0.2, 0.4))
     return SimpleNamespace(
-        yaw=yaw, pitch=pitch, roll=roll, scale=rng.uniform(0.32, 0.39), shift=rng.normal(0, 0.025, 2),
-        smile=rng.normal(0.05, 0.05), gape=max(0.0, rng.normal(0.0, 0.08)), lids=rng.uniform(0.45, 1.15),
-        brows=rng.normal(0, 0.04), gaze=rng.normal(0, 0.03), light=rng.normal(0, 0.3, 2), warmth=rng.normal(0, 0.09),
-        exposure=rng.uniform(0.6, 1.2), cloth=rng.uniform(20, 235, 3),
-        glasses=rng.random() < 0.2, hat=rng.random() < 0.12, scarf=rng.random() < 0.1,
+        yaw=yaw, pitch=pitch, roll=roll, scale=rng.uniform(0.31, 0.4), shift=rng.normal(0, 0.035, 2),
+        smile=rng.normal(0.05, 0.04), gape=max(0.0, rng.normal(0.0, 0.05)), lids=rng.uniform(0.6, 1.1),
+        brows=rng.normal(0, 0.03), gaze=rng.normal(0, 0.03), light=rng.normal(0, 0.15, 2), warmth=rng.normal(0, 0.05),
+        exposure=rng.uniform(0.55, 1.25), cloth=np.full(3, rng.uniform(60, 150)),
+        glasses=rng.random() < 0.1, hat=rng.random() < 0.05, scarf=rng.random() < 0.05,
     )  # fmt: skip
 
 
@@ -1259,7 +1260,7 @@ def draw_face(identity: int, variation: int, style: str, seed: int, size: int = 
     rng = np.random.default_rng([seed, DEMO_PURPOSE[style], identity, variation])
     person, look = demo_person(identity, seed), demo_look(rng)
     cells = 2 if style == "digiface" else 7                              # a plain gradient, or blobs of colour
-    backdrop = rng.uniform(50, 200) + rng.normal(0, 30, 3) + rng.normal(0, 25, (cells, cells, 3))
+    backdrop = rng.uniform(90, 150) + rng.normal(0, 6, 3) + rng.normal(0, 12, (cells, cells, 1))
     image = Image.fromarray(np.clip(backdrop, 0, 255).astype(np.uint8))
     image = image.resize((2 * size, 2 * size), Image.Resampling.BICUBIC)  # drawn twice as large, for smooth edges
     pen = Pen(image, look)

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -683,7 +684,7 @@ def run_steps(
             stopping = training.step == last_step or stop.signal is not None
             entry = {}
             if in_epoch == 0:
-                entry["monitor_loss"] = training.monitor["last"] = monitor.measure(training)
+                entry["monitor_loss"] = training.monitor["last"] = round(monitor.measure(training), 6)
                 training.monitor["best"] = min(training.monitor["best"], training.monitor["last"])
             if training.step % cfg.train.log_every == 0 or in_epoch == 0 or stopping:
                 entry = step_figures(training, out, grad_norm, momentum, schedule) | timer.lap(training.step) | entry
@@ -845,40 +846,46 @@ def settings_of(state: dict, cfg: Config, typed: set[str]) -> Config:
     return load_config(OmegaConf.create(nested))
 
 
-def decoded_rows(index: dataio.RowIndex, columns: dataio.Columns, cfg: Config, pool: ThreadPoolExecutor) -> Iterator[tuple[pa.Table, Tensor]]:
+def decoded_batches(index: dataio.RowIndex, columns: dataio.Columns, cfg: Config, pool: ThreadPoolExecutor) -> Iterator[tuple[pa.Table, Tensor]]:
     """Rows in the order of the files with their pictures uint8 [n, 3, S, S]; broken ones are left out, named and counted."""
-    bad, seen = dataio.BadImages(cfg.data.max_bad_fraction), 0
+    bad, done = dataio.BadImages(cfg.data.max_bad_fraction, "it is left out"), 0
 
-    def decode(data: pa.Scalar) -> np.ndarray | ValueError:
+    def decode(row: int, data: pa.Scalar) -> np.ndarray | None:
         try:
             return dataio.decode_image(data.as_buffer() if data.is_valid else b"", cfg.data.image_size, cfg.data.max_image_pixels)
         except ValueError as error:
-            return error
+            bad.add(*dataio.place_of(index, row), str(error))
+            return None
 
-    for table in dataio.read_rows(index, columns):
-        pictures = list(pool.map(decode, table["image_bytes"], chunksize=32))
-        good = [i for i, picture in enumerate(pictures) if isinstance(picture, np.ndarray)]
-        for i in set(range(len(pictures))) - set(good):
-            bad.add(index.paths[0].parent / table["image_filename"][i].as_py(), i, str(pictures[i]))
-        seen += len(pictures)
-        bad.judge(seen, len(index.unit))
-        if good:
-            yield table.select(["identity_id", "image_filename"]).take(good), torch.from_numpy(np.stack([pictures[i] for i in good])).permute(0, 3, 1, 2)
+    def finish(table: pa.Table, pictures: Iterable[np.ndarray | None]) -> tuple[pa.Table, Tensor]:
+        good = {i: picture for i, picture in enumerate(pictures) if picture is not None}
+        stack = np.stack([*good.values()]) if good else np.empty((0, 1, 1, 3), np.uint8)
+        return table.select(["identity_id", "image_filename"]).take(list(good)), torch.from_numpy(stack).permute(0, 3, 1, 2)
+
+    ahead: deque[tuple[pa.Table, Iterable]] = deque()                    # decoded by the pool while the encoder works
+    size, total = cfg.embed.batch_size, len(index.unit)
+    for tables in dataio.cut(dataio.read_rows(index, columns), [min(size, total - start) for start in range(0, total, size)]):
+        table = pa.concat_tables(tables)
+        ahead.append((table, pool.map(decode, range(done, done + len(table)), table["image_bytes"])))
+        done += len(table)
+        if len(ahead) > 3:
+            yield finish(*ahead.popleft())
+    yield from itertools.starmap(finish, ahead)
+    bad.judge(total, total)
 
 
-def write_embeddings(paths: dict[Path, Encoder], sources: dict, cfg: Config, notes: dict[Path, dict]) -> int:
+def write_embeddings(encoders: dict[Path, Encoder], sources: dict, cfg: Config, notes: dict[Path, dict]) -> int:
     """Encode the rows of `sources` {name: (index, columns)} with each encoder, in one pass, into parquet; returns how many."""
     total, done = sum(len(index.unit) for index, _ in sources.values()), 0
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(cfg.data.workers or os.cpu_count()))
-        temporaries = {path: stack.enter_context(write_whole(path)) for path in paths}
+        temporaries = {path: stack.enter_context(write_whole(path)) for path in encoders}
         writers: dict[Path, pq.ParquetWriter] = {}
         bar = stack.enter_context(tqdm(total=total, desc="embedding", unit="image"))
         for source, (index, columns) in sources.items():
-            for table, images in decoded_rows(index, columns, cfg, pool):
-                for path, encode in paths.items():
-                    vectors = torch.cat([encode(part) for part in images.split(cfg.embed.batch_size)]).numpy()
-                    rows = embedding_table(table, source, vectors)
+            for table, images in decoded_batches(index, columns, cfg, pool):
+                for path, encode in encoders.items() if len(table) else ():
+                    rows = embedding_table(table, source, encode(images).numpy())
                     if path not in writers:
                         schema = dataio.with_metadata(rows.schema, notes[path])
                         writers[path] = pq.ParquetWriter(temporaries[path], schema, compression="none")
@@ -886,7 +893,7 @@ def write_embeddings(paths: dict[Path, Encoder], sources: dict, cfg: Config, not
                 done += len(table)
                 bar.update(len(table))
         if not done:
-            raise ValueError("not one image to embed: the chosen rows are empty")
+            raise ValueError("not one image to embed: the chosen rows are empty or broken")
         for writer in writers.values():
             writer.close()
     return done
@@ -976,9 +983,18 @@ def main(raw: DictConfig) -> float | None:
         raise
 
 
+def in_short(error: Exception) -> str:
+    """What went wrong, without Hydra's search path and without its advice to add an unknown key by force."""
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return str(error)
+    told = str(error).split("Config search path")[0]
+    lines = [line.strip() for line in told.splitlines() if line.strip() and "To append to your config" not in line]
+    return " ".join(lines) + "; see conf/ for what there is"
+
+
 if __name__ == "__main__":
     os.environ["HYDRA_FULL_ERROR"] = "1"                                 # so that Hydra's own refusals arrive below as exceptions
     try:
         main()
     except (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"sniperface: {error}")
+        sys.exit(f"sniperface: {in_short(error)}")

@@ -1,0 +1,134 @@
+"""Settings: every key is explained and typed, every mistake is told in a line or two, the three files know only what they may."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+import sniperface
+from sniperface import CONF, flat, load_config
+
+ROOT = CONF.parent
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+
+
+def settings(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return load_config(compose("config", list(overrides)))
+
+
+def command(*words, cwd):
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, ROOT / "sniperface.py", *words], capture_output=True, text=True, cwd=cwd, env=env, check=False)
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_key_is_explained_on_its_line(path):
+    silent = []
+    for line in path.read_text().splitlines():
+        sets_a_value = re.match(r"\s*[\w.]+: *[^#\s]", line) and not line.strip().startswith("#")
+        in_a_recipe = path.parent.name == "experiment"            # a recipe's keys are explained in config.yaml
+        if sets_a_value and not in_a_recipe and not re.search(r"#\s*\S", line):
+            silent.append(line)
+    assert not silent
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_and_says_what_it_is(name):
+    assert settings(f"experiment={name}").run
+    head = (CONF / "experiment" / f"{name}.yaml").read_text().split("defaults:")[0]
+    assert "Machine:" in head
+    assert "Expected:" in head
+    assert f"experiment={name}" in head
+
+
+@pytest.mark.parametrize("group", ["backbone", "augment", "curriculum"])
+def test_every_choice_of_a_group_composes_and_bears_its_name(group):
+    for path in (CONF / group).glob("*.yaml"):
+        assert getattr(settings(f"{group}={path.stem}"), group).name == path.stem
+
+
+def test_an_experiment_changes_nothing_that_it_does_not_name():
+    plain, recipe = (flat(sniperface.dataclasses.asdict(settings(*words))) for words in ((), ("experiment=usynthface",)))
+    changed = {key for key in plain if plain[key] != recipe[key]}
+    assert {"run", "run_dir", "train.epochs", "train.amp"} <= changed
+    assert all(key.split(".")[0] in ("run", "run_dir", "augment", "curriculum") or key in ("train.epochs", "train.amp") for key in changed)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("train.lr=-1", "train.lr=-1.0: must be > 0"),
+        ("train.lr=fast", "train.lr: Value 'fast' of type 'str' could not be converted to Float"),
+        ("+train.lrr=1", "lrr"),
+        ("train.amp=fp8", "train.amp=fp8: must be one of auto, bf16, fp16, fp32"),
+        ("moco.queue_size=100", "moco.queue_size=100: must be >= 512"),
+        ("backbone.layers=[1,2]", "backbone.layers=[1, 2]: must be four numbers"),
+        ("split.train_ratio=1", "split.train_ratio=1.0: must be < 1"),
+        ("command=trian", "command=trian: must be one of"),
+        ("augment.zoom.p=2", "augment.zoom.p=2.0: must be <= 1"),
+        ("curriculum.progress=[0,2]", "curriculum.progress"),
+        ("eval.top_k=[0]", "eval.top_k=[0]: must be >= 1"),
+    ],
+)
+def test_a_wrong_value_names_the_key_what_was_given_and_what_is_allowed(override, told):
+    with pytest.raises(ValueError, match=re.escape(told)) as caught:
+        settings(override)
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+@pytest.mark.parametrize("words", [["train.lrr=1"], ["+train.lrr=1"], ["train.lr=fast"], ["experiment=dmeo"], ["backbone=big"], ["train.lr=-1"]])
+def test_the_command_line_refuses_a_mistake_in_few_lines_without_a_traceback(words, tmp_path):
+    done = command(*words, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert words[0].split("=")[0].lstrip("+").split(".")[-1] in done.stderr or words[0].split("=")[1] in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 2
+
+
+def test_without_data_a_newcomer_learns_what_is_missing_and_what_to_do(tmp_path):
+    done = command(cwd=tmp_path)
+    assert done.returncode != 0
+    assert "data/digiface1m_*.parquet" in done.stderr
+    assert "DigiFace1M" in done.stderr
+    assert "experiment=demo" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def imports_of(name):
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    return modules | {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+
+
+def test_imports_go_one_way():
+    ours = {"sniperface", "moco", "dataio"}
+    assert not imports_of("moco") & ours
+    assert not imports_of("dataio") & ours
+    assert {"moco", "dataio"} <= imports_of("sniperface")
+
+
+def test_heavy_libraries_are_imported_where_they_are_used():
+    code = "import sys, sniperface; print([m for m in ('faiss', 'polars', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_nothing_is_unpickled_and_nothing_is_instantiated_from_a_name():
+    for path in ROOT.glob("*.py"):
+        source = path.read_text()
+        assert "instantiate" not in source
+        assert "import pickle" not in source
+        assert source.count("torch.load(") == source.count("weights_only=True"), path
+
+
+def test_the_top_level_holds_what_it_should_and_nothing_else():
+    listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=False).stdout.splitlines()
+    top = {Path(name).parts[0] for name in listed}
+    allowed = {"pyproject.toml", "conf", "sniperface.py", "moco.py", "dataio.py", "README.md", "tests"}
+    assert {name for name in top if not name.startswith(".")} <= allowed
