@@ -17,7 +17,6 @@ import math
 import os
 import shutil
 import threading
-import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,23 +1,38 @@
 """Tensors and vectors: the encoder, the method that trains it, and the measures of what it learnt.
 
-Takes views as float [B, 3, S, S] in [-1, 1] and gives a loss and unit vectors; takes unit vectors and gives rates with
+Takes views as float [B, 3, S, S] in [-1, 1] and gives a loss and unit vectors; takes unit vectors and gives figures with
 intervals. Knows no files, no parquet, no Hydra.
 
+Measuring: `enrol` draws who is in the gallery, `build_gallery` makes templates, `search` (FAISS) finds the nearest ones, `compare`
+looks at every probe-template pair. `closed_set`, `open_set` and `verification` turn ranks and scores into columns: a name and one
+contribution a probe, whose mean is the figure. `rates` turns columns, or any part of their rows, into figures with intervals.
+
 Papers: iResNet as in ArcFace (arXiv:1801.07698); MoCo (arXiv:1911.05722) and its v2 (arXiv:2003.04297); MarginNCE as in
-USynthFace (arXiv:2211.07371) and, with the other sign, in Park et al. (arXiv:2211.01966); EMAN (arXiv:2101.08482).
+USynthFace (arXiv:2211.07371) and, with the other sign, in Park et al. (arXiv:2211.01966); EMAN (arXiv:2101.08482). CMC, TPIR and
+FPIR: ISO/IEC 19795-1, NISTIR 8271. Interval: Wilson 1927 with the effective sample size of Korn and Graubard 1998. Geometry: Wang and
+Isola 2020 (arXiv:2005.10242), RankMe (arXiv:2210.02885).
 """
 
 import copy
+import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 EMBEDDING_DIM = 512
+TIE = 1e-6  # cosines closer than this are equal: a float32 sum of 512 terms knows no better
+GRID = 2**22  # cosines are counted in steps of 1 / GRID = 2.4e-7, the rounding error of such a sum
+BLOCK = 2**24  # scores held at once: 64 MiB of float32
+MIN_ERRORS = 10  # a rate of false matches is quoted from at least so many: standard error a third of it, at best
+Z95 = 1.959964  # two-sided 95 % of the normal distribution
+
+Columns = dict[str, np.ndarray]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The encoder: iResNet
@@ -310,3 +325,460 @@ def calibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     model.train(was_training)
     for norm, momentum in zip(norms, usual, strict=True):
         norm.momentum = momentum
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vectors and enrolment
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_vectors(embeddings: np.ndarray, place: str = "embeddings") -> None:
+    """Refuse float vectors [N, D] that would make every figure wrong: none, NaN or infinite, not of unit length, all equal.
+
+    Raises ValueError that says how many rows, which is the first, and what to do. Length may differ from 1 by 1e-3.
+    """
+    if embeddings.ndim != 2 or not embeddings.size:
+        raise ValueError(f"{place}: expected vectors [N, D], found shape {embeddings.shape}; write them with command=embed")
+    squared = np.concatenate([np.einsum("nd,nd->n", part, part) for part in _parts(embeddings)])  # [N], NaN stays NaN
+    _refuse(
+        ~np.isfinite(squared),
+        place,
+        "hold NaN or infinity",
+        "look at the training log for the step where it began, then embed an earlier checkpoint",
+    )
+    _refuse(
+        np.abs(np.sqrt(squared) - 1) > 1e-3,
+        place,
+        "are not of unit length",
+        "divide each row by its L2 norm before writing the file",
+    )
+    if len(embeddings) > 1 and all((np.abs(part - embeddings[0]) < TIE).all() for part in _parts(embeddings)):
+        raise ValueError(
+            f"{place}: all {len(embeddings)} vectors are equal, so the encoder has collapsed; "
+            "look at the spread in the training log and embed an earlier checkpoint"
+        )
+
+
+def _refuse(bad: np.ndarray, place: str, what: str, cure: str) -> None:
+    if bad.any():
+        raise ValueError(f"{place}: {int(bad.sum())} of {len(bad)} vectors {what}, first row {int(bad.argmax())}; {cure}")
+
+
+def _parts(rows: np.ndarray, size: int = 2**15) -> Iterator[np.ndarray]:
+    return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+class Enrolment(NamedTuple):
+    """Who is in the gallery. Rows are numbers into the file, ordered by (name, key) whatever the order of the file."""
+
+    identity: np.ndarray  # [N] code of each row: place of its name among the sorted names
+    enrolled: np.ndarray  # [R] rows in the gallery, rows of an identity side by side
+    probes: np.ndarray  # [P] other rows of enrolled identities
+    unknown: np.ndarray  # [U] all rows of identities that were left out of the gallery
+    distractors: int  # identities enrolled whole: in the gallery, without a probe
+
+
+def enrol(names: np.ndarray, keys: np.ndarray, per_id: int, seed: int, open_set_share: float = 0.0) -> Enrolment:
+    """Draw `per_id` enrolment images of each identity; the other images are its probes.
+
+    names, keys: strings [N], the identity of a row and the name of its image (source and file), unique within the identity.
+    An identity with at most per_id images is enrolled whole, as a distractor. round(open_set_share * identities) identities are
+    not enrolled: all their images are unknown probes. Each draw hashes (seed, name, key) alone, so it depends neither on the
+    order of the rows nor on who else is in the file. Raises ValueError for doubled images and where no probe is left.
+    """
+    if per_id < 1 or not 0 <= open_set_share < 1:
+        raise ValueError(f"enrol: per_id must be at least 1 and open_set_share in [0, 1), found {per_id} and {open_set_share}")
+    names, keys = np.asarray(names, str), np.asarray(keys, str)
+    people, identity = np.unique(names, return_inverse=True)
+    order = np.lexsort((keys, identity))
+    _refuse_doubles(names[order], keys[order])
+    left_out = np.zeros(len(people), bool)
+    left_out[np.argsort(_draw(seed, "open", people))[: round(open_set_share * len(people))]] = True
+    drawn = np.lexsort((_draw(seed, "enrol", names, keys), identity))  # per identity, images in the order of their draw
+    count = np.bincount(identity)
+    place = np.arange(len(drawn)) - np.repeat(np.cumsum(count) - count, count)  # 0, 1, ... within the identity
+    in_gallery = np.zeros(len(names), bool)
+    in_gallery[drawn[place < per_id]] = True
+    is_unknown = left_out[identity[order]]
+    first, rest = order[in_gallery[order] & ~is_unknown], order[~in_gallery[order] & ~is_unknown]
+    if not len(rest):
+        raise ValueError(
+            f"enrol: no probes left: {per_id} images of each identity are enrolled and the largest of {len(people)} "
+            f"identities has {count.max(initial=0)}; lower eval.enroll_per_id or embed identities with more images"
+        )
+    distractors = int(((count <= per_id) & ~left_out).sum())
+    return Enrolment(identity, first, rest, order[is_unknown], distractors)
+
+
+def _draw(seed: int, purpose: str, *columns: np.ndarray) -> np.ndarray:
+    """One uint64 [N] a row, hashed from the seed, the purpose and the row's strings: equal on every machine, in any order."""
+
+    def number(*parts: str) -> int:
+        text = "\x1f".join((str(seed), purpose, *parts)).encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+    return np.fromiter(map(number, *(column.tolist() for column in columns)), np.uint64, len(columns[0]))
+
+
+def _refuse_doubles(names: np.ndarray, keys: np.ndarray) -> None:
+    """An image that stands twice in the file could be enrolled and probed with at once: sorted rows [N] make it a neighbour."""
+    twice = np.flatnonzero((names[1:] == names[:-1]) & (keys[1:] == keys[:-1]))
+    if len(twice):
+        raise ValueError(
+            f"enrol: {len(twice)} rows repeat an image, first {keys[twice[0]]!r} of identity {names[twice[0]]!r}: "
+            "it could be enrolled and probed with at once; write each image once"
+        )
+
+
+class Gallery(NamedTuple):
+    """Templates. `vectors` [R, D] has one row an identity (centroid) or its enrolled images side by side (best)."""
+
+    vectors: np.ndarray  # float32 [R, D], unit rows
+    identity: np.ndarray  # [G] code of each template, ascending
+    start: np.ndarray  # [G] its first row in vectors
+    owner: np.ndarray  # [R] template of each row
+
+    def index(self, identity: np.ndarray) -> np.ndarray:
+        """Template number of each identity code, -1 where it is not enrolled."""
+        at = np.minimum(np.searchsorted(self.identity, identity), len(self.identity) - 1)
+        return np.where(self.identity[at] == identity, at, -1)
+
+
+def build_gallery(vectors: np.ndarray, identity: np.ndarray, template: str = "centroid") -> Gallery:
+    """Templates from the enrolled unit rows [R, D] and their codes [R], ascending.
+
+    centroid: mean of the unit vectors, then L2 norm. best: all images stay, a probe's score is its best among an identity's.
+    Raises ValueError for another template, and for a centroid of length 0, which has no direction.
+    """
+    if template not in ("centroid", "best"):
+        raise ValueError(f"eval.template: found {template!r}, allowed are centroid and best")
+    code, start, owner = np.unique(identity, return_index=True, return_inverse=True)
+    if template == "best":
+        return Gallery(np.ascontiguousarray(vectors, np.float32), code, start, owner)
+    mean = np.add.reduceat(vectors.astype(np.float64), start, axis=0)  # [G, D]
+    length = np.linalg.norm(mean, axis=1, keepdims=True)
+    _refuse(length[:, 0] < TIE, "gallery", "are centroids without a direction (images cancel out)", "use eval.template=best")
+    return Gallery((mean / length).astype(np.float32), code, np.arange(len(code)), np.arange(len(code)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Search and comparison
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    rank: np.ndarray  # [N] rank of the true template, 1 is best; k + 1 stands for beyond k
+    row: np.ndarray  # [N, K] nearest rows of gallery.vectors, -1 for none; K = k rows (centroid), more for best
+    score: np.ndarray  # [N, K] their cosines, falling
+
+
+def search(probes: np.ndarray, own: np.ndarray, gallery: Gallery, k: int = 20) -> Found:
+    """The k nearest templates of each probe by FAISS `IndexFlatIP`, and the rank of its own.
+
+    probes: unit rows [N, D]. own: template of each [N], -1 for an unknown person. Ties count against us: a rank is the
+    number of templates that score at least as high, so an encoder that maps all faces to one point has no Rank-1. A tie that
+    may go on past what FAISS returned is beyond k.
+    """
+    import faiss  # here, not above: only eval needs it, and it brings an OpenMP runtime of its own
+
+    index = faiss.IndexFlatIP(gallery.vectors.shape[1])
+    index.add(gallery.vectors)
+    width = min(k * int(np.bincount(gallery.owner).max()), index.ntotal)  # more than the gallery would bring back -1
+    found = []
+    for start in range(0, len(probes), 4096):
+        score, row = index.search(np.ascontiguousarray(probes[start : start + 4096], np.float32), width)
+        rank = _rank_among(score, gallery.owner[row], own[start : start + 4096], k, whole=width == index.ntotal)
+        found.append(Found(rank, row.astype(np.int32), score))
+    return Found(*map(np.concatenate, zip(*found, strict=True)))
+
+
+def _rank_among(score: np.ndarray, owner: np.ndarray, own: np.ndarray, k: int, whole: bool) -> np.ndarray:
+    """Rank of template own [N] among the returned rows (score, owner [N, K]); k + 1 unless they prove that it is within k."""
+    best = np.where(owner == own[:, None], score, -np.inf).max(axis=1, keepdims=True) - TIE  # [N, 1]
+    ahead = np.sort(np.where(score >= best, owner, -1), axis=1)
+    templates = (ahead[:, :1] >= 0).sum(axis=1) + ((ahead[:, 1:] != ahead[:, :-1]) & (ahead[:, 1:] >= 0)).sum(axis=1)
+    is_shown = np.isfinite(best[:, 0]) & (whole | (score[:, -1] < best[:, 0]))
+    return np.where(is_shown, np.minimum(templates, k + 1), k + 1)
+
+
+class Compared(NamedTuple):
+    rank: np.ndarray  # [N] exact rank of the true template in the whole gallery, ties against us
+    genuine: np.ndarray  # [N] cosine with the true template
+    impostors: np.ndarray  # [2 GRID] how many of the other N (G - 1) pairs have a cosine in each step of 1 / GRID from -1
+
+
+def compare(probes: np.ndarray, own: np.ndarray, gallery: Gallery) -> Compared:
+    """Every probe against every template, in blocks: 8e9 pairs in the memory of one block and one table of counts.
+
+    probes: unit rows [N, D]; own: template of each [N], all enrolled (ValueError otherwise). No score is sampled or estimated.
+    """
+    if (own < 0).any():
+        raise ValueError(f"compare: {(own < 0).sum()} probes have no template; compare only probes of enrolled identities")
+    rank, genuine = np.empty(len(probes), np.int64), np.empty(len(probes), np.float32)
+    impostors = np.zeros(2 * GRID, np.int64)
+    rows = max(1, BLOCK // len(gallery.vectors))
+    for start in range(0, len(probes), rows):
+        here = slice(start, start + rows)
+        score = probes[here] @ gallery.vectors.T  # [B, R]
+        if len(gallery.start) < len(gallery.vectors):
+            score = np.maximum.reduceat(score, gallery.start, axis=1)  # [B, G]
+        genuine[here] = score[np.arange(len(score)), own[here]]
+        rank[here] = np.count_nonzero(score >= genuine[here, None] - np.float32(TIE), axis=1)
+        count_scores(score, impostors)
+    impostors -= count_scores(genuine)
+    return Compared(rank, genuine, impostors)
+
+
+def step_of(score: np.ndarray) -> np.ndarray:
+    """The step of the grid in which a cosine lies, int64 in [0, 2 GRID)."""
+    return np.clip((score + 1) * GRID, 0, 2 * GRID - 1).astype(np.int64)
+
+
+def count_scores(score: np.ndarray, into: np.ndarray | None = None) -> np.ndarray:
+    """Add cosines of any shape to a table of counts [2 GRID], by default an empty one."""
+    into = np.zeros(2 * GRID, np.int64) if into is None else into
+    for part in _parts(score.reshape(-1), 2**16):  # small enough to stay in the cache
+        np.add.at(into, step_of(part), 1)
+    return into
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures as columns
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def closed_set(rank: np.ndarray, k: int = 20, exact: bool = True) -> Columns:
+    """CMC columns rank1 .. rank<k> and, from exact ranks (`compare`), the reciprocal rank; ranks [N] count from 1."""
+    columns = {f"rank{at}": rank <= at for at in range(1, k + 1)}
+    return columns | {"mrr": 1 / rank} if exact else columns
+
+
+def thresholds(impostors: np.ndarray, rates: list[float]) -> dict[float, float | None]:
+    """The smallest threshold that holds each rate of false matches; None where the pairs cannot support the rate.
+
+    impostors: table of counts [2 GRID]. Supported means that MIN_ERRORS false matches or more are allowed: below that the rate
+    that the threshold really has could easily be twice or half the rate that is written beside it.
+    """
+    steps = _steps_at(impostors, np.array(rates))
+    allowed = np.array(rates) * impostors.sum() + 1e-9
+    return {r: float(at / GRID - 1) if n >= MIN_ERRORS else None for r, n, at in zip(rates, allowed, steps, strict=True)}
+
+
+def _steps_at(impostors: np.ndarray, rates: np.ndarray) -> np.ndarray:
+    """The lowest step at or above which lie at most a share `rates` of the impostors; 2 GRID is above all."""
+    above = np.cumsum(impostors[::-1])  # of the highest 1, 2, ... steps
+    return 2 * GRID - np.searchsorted(above, np.floor(rates * above[-1] + 1e-9), side="right")
+
+
+def is_match(score: np.ndarray, threshold: float) -> np.ndarray:
+    """Whether scores reach a threshold, judged on the grid as the thresholds were; a threshold of 1 lies above all."""
+    return step_of(score) >= round((threshold + 1) * GRID)
+
+
+def verification(genuine: np.ndarray, impostors: np.ndarray, fars: list[float]) -> tuple[Columns, dict[float, float | None]]:
+    """TAR at each supported FAR, equal error rate and AUC from all genuine scores [N] and the table of impostor counts.
+
+    Returns columns tar@<far>, auc, eer, and the threshold of each FAR, None where it is refused. Exact for scores on the grid;
+    ties count half in the AUC. The impostors, and so the thresholds, are held fixed: intervals are those of the genuine side.
+    """
+    at = thresholds(impostors, fars)
+    columns = {f"tar@{far:g}": is_match(genuine, at[far]) for far in fars if at[far] is not None}
+    step, below = step_of(genuine), np.cumsum(impostors)
+    columns["auc"] = (below[step] - impostors[step] / 2) / below[-1]
+    rate, crossing = equal_error(genuine, impostors)
+    missed = step < crossing
+    columns["eer"] = rate + missed - missed.mean()  # the mean is the interpolated rate, the spread that of the misses
+    return columns, at
+
+
+def equal_error(genuine: np.ndarray, impostors: np.ndarray) -> tuple[float, int]:
+    """The rate at which false matches and misses are equally frequent, on the line between points of the ROC, and its step."""
+    false_match = 1 - np.concatenate([[0], np.cumsum(impostors)]) / impostors.sum()  # [2 GRID + 1] by step of the threshold
+    missed = np.concatenate([[0], np.cumsum(np.bincount(step_of(genuine), minlength=2 * GRID))]) / len(genuine)
+    at = int((missed >= false_match).argmax())  # at least 1: at step 0 all match
+    before, after = false_match[at - 1] - missed[at - 1], missed[at] - false_match[at]
+    return float(missed[at - 1] + (missed[at] - missed[at - 1]) * before / (before + after)), at
+
+
+def roc(genuine: np.ndarray, impostors: np.ndarray, points: int = 200) -> dict[str, np.ndarray]:
+    """For the pictures: TAR over the FARs that the pairs support, log-spaced [points], and both histograms in 256 bins."""
+    far = np.geomspace(min(1, MIN_ERRORS / impostors.sum()), 1, points)
+    step = np.sort(step_of(genuine))
+    tar = 1 - np.searchsorted(step, _steps_at(impostors, far)) / len(step)
+    bins = 2 * GRID // 256
+    return {
+        "far": far,
+        "tar": tar,
+        "edge": np.linspace(-1, 1, 257),
+        "impostors": impostors.reshape(256, bins).sum(axis=1),
+        "genuine": np.bincount(step // bins, minlength=256),
+    }
+
+
+def open_set(known: Found, unknown: Found, fpirs: list[float]) -> tuple[Columns, dict[float, float | None]]:
+    """TPIR at each supported FPIR for rank 1: the right person comes first and reaches the threshold.
+
+    At the threshold at most a share FPIR of the unknown probes finds anyone. Columns tpir@<fpir> have a row for each known
+    probe, then for each unknown one: its row says how far that probe moves the threshold and with it the TPIR (delta method).
+    Returns the thresholds too, None where fewer than MIN_ERRORS false alarms would be allowed.
+    """
+    genuine = np.where(known.rank == 1, known.score[:, 0], -1)  # -1 reaches no threshold
+    impostors = count_scores(unknown.score[:, 0])
+    at = thresholds(impostors, fpirs)
+    columns = {}
+    for fpir in (fpir for fpir in fpirs if at[fpir] is not None):
+        hit, alarm = is_match(genuine, at[fpir]), is_match(unknown.score[:, 0], at[fpir])
+        low, high = _steps_at(impostors, np.array([fpir / 2, min(2 * fpir, 1)]))
+        slope = ((step_of(genuine) >= high).mean() - (step_of(genuine) >= low).mean()) / (np.log(4) * fpir)  # dTPIR / dFPIR
+        moves = [(hit - hit.mean()) / len(hit), -slope * (alarm - alarm.mean()) / len(alarm)]
+        columns[f"tpir@{fpir:g}"] = hit.mean() + np.concatenate(moves) * (len(hit) + len(alarm))
+    return columns, at
+
+
+class PairAccuracy(NamedTuple):
+    mean: float
+    standard_error: float  # of the mean over the folds
+    accuracy: np.ndarray  # [F]
+    threshold: np.ndarray  # [F] each chosen on the other folds
+
+
+def pair_accuracy(score: np.ndarray, same: np.ndarray, fold: np.ndarray) -> PairAccuracy:
+    """Accuracy of a pair protocol (LFW, Huang et al. 2007): each fold is judged by the threshold that is best on the others.
+
+    score [N], same bool [N], fold int [N]. Raises ValueError for fewer than 2 folds, or without both kinds in the other folds.
+    """
+    folds = np.unique(fold)
+    if len(folds) < 2:
+        raise ValueError(f"pairs: {len(folds)} fold; the threshold comes from the other folds, so give at least 2 (LFW has 10)")
+    threshold = np.array([_best_threshold(score[fold != one], same[fold != one]) for one in folds])
+    accuracy = np.array([((score >= at) == same)[fold == one].mean() for at, one in zip(threshold, folds, strict=True)])
+    return PairAccuracy(float(accuracy.mean()), float(accuracy.std(ddof=1) / np.sqrt(len(folds))), accuracy, threshold)
+
+
+def _best_threshold(score: np.ndarray, same: np.ndarray) -> float:
+    """The threshold with the highest accuracy, half way between two scores; of several best ones the middle one."""
+    if same.all() or not same.any():
+        raise ValueError("pairs: the other folds hold only one kind of pair, same or different; mix both into each fold")
+    value, where = np.unique(score, return_inverse=True)
+    gain = np.bincount(where, np.where(same, -1, 1))  # of raising the threshold past a score
+    right = same.sum() + np.concatenate([[0], np.cumsum(gain)])  # [V + 1]: threshold below value 0, 1, ... or above all
+    edge = np.concatenate([[value[0] - 1], (value[:-1] + value[1:]) / 2, [value[-1] + 1]])
+    best = np.flatnonzero(right == right.max())
+    return float(edge[best[len(best) // 2]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Intervals
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Rate(NamedTuple):
+    value: float
+    low: float  # of the 95 % interval
+    high: float
+
+
+class Resampled(NamedTuple):
+    mean: np.ndarray  # [M] over all rows
+    spread: np.ndarray  # [M] standard error: standard deviation over the bootstrap draws
+    quantile: np.ndarray  # [M] 97.5 % point of Student's t, for as many identities as carry the spread
+    people: float  # identities, weighed by their share of the rows: (sum n)^2 / sum n^2
+
+
+def resample(columns: list[np.ndarray], identity: np.ndarray, seed: int, draws: int) -> Resampled:
+    """Means of M columns [N] and their spread when identities [N] are drawn again with replacement, the gallery fixed.
+
+    Images of one person succeed or fail together, so it is persons that are drawn. A spread that rests on few of them is itself
+    uncertain: its degrees of freedom are (sum r^2)^2 / sum r^4 over their residuals r, at least 4 (found by simulation).
+    """
+    person = np.unique(identity, return_inverse=True)[1]
+    size = np.bincount(person).astype(np.float64)  # [J]
+    total = np.stack([np.bincount(person, column) for column in columns], axis=1)  # [J, M]
+    mean = total.sum(axis=0) / size.sum()
+    generator, drawn = np.random.default_rng([seed, 95]), np.empty((draws, len(columns)))
+    for draw in range(draws):
+        weight = np.bincount(generator.integers(len(size), size=len(size)), minlength=len(size)).astype(np.float64)
+        drawn[draw] = weight @ total / (weight @ size)
+    residual = (total - size[:, None] * mean) ** 2
+    carriers = residual.sum(axis=0) ** 2 / np.maximum((residual**2).sum(axis=0), 1e-300)
+    return Resampled(mean, drawn.std(axis=0, ddof=1), student_t(np.maximum(carriers, 4)), size.sum() ** 2 / (size**2).sum())
+
+
+def student_t(df: np.ndarray) -> np.ndarray:
+    """97.5 % point of Student's t for df >= 4, to 1e-3 (Abramowitz and Stegun 26.7.5)."""
+    return Z95 + 2.37227 / df + 2.82247 / df**2 + 2.55578 / df**3 + 1.58952 / df**4
+
+
+def rates(columns: Columns, identity: np.ndarray, seed: int, draws: int = 1000) -> dict[str, Rate]:
+    """The mean of each column, a rate in [0, 1], with its 95 % interval; rows of one identity [N] stand and fall together.
+
+    Wilson's interval for as many independent trials as have the bootstrap's spread (Korn and Graubard 1998): it holds near 0
+    and 1, where percentiles of the draws cover 60 to 85 %. Where no probe is missed at all, each identity counts as one trial.
+    """
+    if not len(identity):
+        raise ValueError("rates: no probes in this part; leave it out of the report or choose a larger one")
+    found = resample([np.asarray(column, np.float64) for column in columns.values()], identity, seed, draws)
+    inner = np.clip(found.mean, 0.5 / len(identity), 1 - 0.5 / len(identity))  # a rate of 1 may still have a moving threshold
+    with np.errstate(divide="ignore"):
+        trials = inner * (1 - inner) / found.spread**2 * (Z95 / found.quantile) ** 2
+    trials = np.where(found.spread > 1e-12, trials, found.people)
+    low, high = wilson(np.clip(found.mean, 0, 1), trials)
+    return {name: Rate(*map(float, three)) for name, *three in zip(columns, found.mean, low, high, strict=True)}
+
+
+def wilson(rate: np.ndarray, trials: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson's 95 % interval (1927) of a rate seen in so many independent trials, which need not be whole."""
+    shrink = 1 + Z95**2 / trials
+    middle = (rate + Z95**2 / (2 * trials)) / shrink
+    half = Z95 * np.sqrt(rate * (1 - rate) / trials + (Z95 / (2 * trials)) ** 2) / shrink
+    return np.maximum(middle - half, 0), np.minimum(middle + half, 1)
+
+
+def differences(columns: Columns, base: Columns, identity: np.ndarray, seed: int, draws: int = 1000) -> dict[str, Rate]:
+    """`columns` minus `base`: two runs over the same probes in the same order, with the interval of the paired difference."""
+    both = [name for name in columns if name in base]
+    if not both or any(not len(columns[name]) == len(base[name]) == len(identity) for name in both):
+        raise ValueError(
+            f"differences: {len(both)} figures in common, or not over the same {len(identity)} probes; evaluate both "
+            "runs on the same identities with equal eval settings"
+        )
+    found = resample([np.subtract(columns[name], base[name], dtype=np.float64) for name in both], identity, seed, draws)
+    low, high = found.mean - found.quantile * found.spread, found.mean + found.quantile * found.spread
+    return {name: Rate(*map(float, three)) for name, *three in zip(both, found.mean, low, high, strict=True)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Geometry of the space
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def geometry(embeddings: np.ndarray, identity: np.ndarray, seed: int, sample: int = 10_000) -> dict[str, float]:
+    """Alignment, uniformity (Wang and Isola 2020, both with exponent 2) and effective rank (RankMe) of unit rows [N, D].
+
+    alignment: mean squared distance of all genuine pairs, 0 is best, NaN if there is none. uniformity: log of the mean of
+    exp(-2 distance^2) over all pairs of `sample` rows drawn by seed; -4 is about the best. effective_rank: exp of the entropy of the
+    singular values, 1 to D, not centred, as in the paper. Rows stand in canonical order where the sample is to depend on nothing else.
+    """
+    order = np.argsort(identity, kind="stable")
+    count = np.bincount(np.unique(identity, return_inverse=True)[1])
+    start = np.cumsum(count) - count
+    pull = sum(
+        (np.square(embeddings[order[a : a + n]].sum(axis=0, dtype=np.float64)).sum() - n)  # sum of cosines i != j
+        for a, n in zip(start, count, strict=True)
+    )
+    pairs = float((count * (count - 1.0)).sum())
+    gram = sum(part.astype(np.float64).T @ part.astype(np.float64) for part in _parts(embeddings))  # [D, D]
+    share = np.sqrt(np.clip(np.linalg.eigvalsh(gram), 0, None))
+    share = share[share > 0] / share.sum()
+    return {
+        "alignment": 2 - 2 * pull / pairs if pairs else float("nan"),
+        "uniformity": _uniformity(embeddings, seed, sample),
+        "effective_rank": float(np.exp(-(share * np.log(share)).sum())),
+    }
+
+
+def _uniformity(embeddings: np.ndarray, seed: int, sample: int) -> float:
+    rows = np.sort(np.random.default_rng([seed, 2]).permutation(len(embeddings))[:sample])
+    chosen = embeddings[rows]
+    potential = sum(np.exp(4 * (part @ chosen.T) - 4).sum(dtype=np.float64) for part in _parts(chosen, 1024))
+    return float(np.log((potential - len(chosen)) / (len(chosen) * (len(chosen) - 1.0))))  # without i = j

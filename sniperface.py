@@ -1,6 +1,6 @@
 """SniperFace: train a face encoder without labels, export its vectors, measure it on identities it has never seen.
 
-    uv run python sniperface.py [command=split|train|embed|eval|all] [overrides]
+    uv run python sniperface.py [command=split|train|embed|eval|all|report] [overrides]
 
 Each command below reads from top to bottom; what it decodes, builds or computes is in dataio.py and moco.py. Settings and what each
 one means: conf/config.yaml. Everything a run makes is in runs/<run>/.
@@ -9,6 +9,9 @@ one means: conf/config.yaml. Everything a run makes is in runs/<run>/.
 import contextlib
 import dataclasses
 import fcntl
+import functools
+import glob
+import importlib.util
 import itertools
 import json
 import logging
@@ -16,6 +19,7 @@ import math
 import os
 import platform
 import signal
+import string
 import subprocess
 import sys
 import time
@@ -25,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import hydra
 import numpy as np
@@ -34,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
@@ -88,15 +94,27 @@ class EmbedConfig:
 class EvalConfig:
     embeddings: str
     enroll_per_id: int = field(metadata={"at_least": 1})
+    enroll_sweep: list[int] = field(metadata={"at_least": 1})
+    template: str = field(metadata={"one_of": ("centroid", "best")})
+    repeats: int = field(metadata={"at_least": 1})
+    open_set_share: float = field(metadata={"at_least": 0, "below": 1})
+    fpirs: list[float] = field(metadata={"above": 0, "at_most": 1})
+    fars: list[float] = field(metadata={"above": 0, "at_most": 1})
+    pairs: str | None
     seed: int = field(metadata={"at_least": 0})
-    top_k: list[int] = field(metadata={"at_least": 1})
+    top_k: list[int] = field(metadata={"at_least": 1, "at_most": 1000})
     bootstrap: int = field(metadata={"at_least": 100})
     out: str
 
 
 @dataclass
+class ReportConfig:
+    runs: str | None
+
+
+@dataclass
 class Config:
-    command: str = field(metadata={"one_of": ("split", "train", "embed", "eval", "all")})
+    command: str = field(metadata={"one_of": ("split", "train", "embed", "eval", "all", "report")})
     run: str
     run_dir: str
     seed: int = field(metadata={"at_least": 0})
@@ -110,6 +128,7 @@ class Config:
     train: TrainConfig
     embed: EmbedConfig
     eval: EvalConfig
+    report: ReportConfig
 
 
 LIMITS: dict[str, tuple[str, Callable]] = {
@@ -334,7 +353,7 @@ def split(cfg: Config, folder: Path) -> None:
 
 NOT_THE_RESULT = (                                           # settings that may differ when a run goes on
     "command", "run", "run_dir", "device", "data.workers", "data.cache_dir", "train.max_steps", "train.log_every", "train.save_every_epochs",
-    "train.save_every_steps", "train.keep_last", "train.resume", "split.materialize", "embed", "eval",
+    "train.save_every_steps", "train.keep_last", "train.resume", "split.materialize", "embed", "eval", "report",
 )  # fmt: skip
 
 
@@ -829,10 +848,12 @@ def settings_of(state: dict, cfg: Config, typed: set[str]) -> Config:
     """The checkpoint's settings, with data.*, split.*, embed.* and the like as typed. Raises ValueError for a typed contradiction."""
     free = ("command", "run", "run_dir", "device", "data", "split", "embed", "eval", "experiment", "train.max_steps", "train.resume")
     asked, saved = flat(dataclasses.asdict(cfg)), flat(state["config"])
+    if any("${" in str(value) for value in saved.values()):
+        raise ValueError("the saved settings hold an interpolation, which this program never writes; do not use files of unknown origin")
     merged = dict(saved)
     for key, value in asked.items():
         is_typed = any((key + ".").startswith(word + ".") for word in typed)
-        if key.split(".")[0] in ("embed", "eval", "command", "run", "run_dir", "device") or (is_typed and any((key + ".").startswith(f + ".") for f in free)):
+        if key.split(".")[0] in ("embed", "eval", "report", "command", "run", "run_dir", "device") or (is_typed and any((key + ".").startswith(f + ".") for f in free)):
             merged[key] = value
         elif is_typed and saved.get(key) != value and key not in NOT_THE_RESULT:
             raise ValueError(f"{key}={value}: the checkpoint was trained with {saved.get(key)}; leave it out, or train another run")
@@ -904,6 +925,14 @@ def embedding_table(table: pa.Table, source: str, vectors: np.ndarray) -> pa.Tab
     return table.append_column("source", pa.array([source] * len(table))).append_column("embedding", column)
 
 
+def embedded_indices(cfg: Config, rows: Rows | None) -> dict[str, tuple[dataio.RowIndex, dataio.Columns]]:
+    """Index of each source to embed: the located rows, or all rows of embed.test_glob."""
+    if rows is None:
+        return {"file": (dataio.build_index(cfg.embed.test_glob, None, cfg.data.columns), cfg.data.columns)}
+    columns = shard_columns(cfg, rows)
+    return {source: (dataio.build_index(globs, allowed, columns), columns) for source, (globs, allowed) in rows.sources.items()}
+
+
 def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     """Write the frozen encoder's vectors of unseen identities, and those of the references beside them."""
     device = pick_device(cfg.device)
@@ -913,13 +942,9 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     model = build_model(cfg)
     model.load_state_dict(state["model"])
     rows = None if cfg.embed.test_glob else locate_rows(cfg, cfg.embed.split, shards=state["meta"]["shards"] or None)
-    if rows is None:
-        indices = {"file": (dataio.build_index(cfg.embed.test_glob, None, cfg.data.columns), cfg.data.columns)}
-    else:
-        if rows.table != state["meta"]["table"]:
-            raise ValueError(f"{path} was trained with split table {state['meta']['table']}, {cfg.split.out_dir} has {rows.table}: its test identities may have been trained on")
-        columns = shard_columns(cfg, rows)
-        indices = {s: (dataio.build_index(globs, allowed, columns), columns) for s, (globs, allowed) in rows.sources.items()}
+    if rows and rows.table != state["meta"]["table"]:
+        raise ValueError(f"{path} was trained with split table {state['meta']['table']}, {cfg.split.out_dir} has {rows.table}: its test identities may have been trained on")
+    indices = embedded_indices(cfg, rows)
     out = folder / cfg.embed.out
     encoders = {out: backbone_encoder(model.query.backbone, device, cfg.embed.flip)}
     if cfg.embed.references:
@@ -940,7 +965,410 @@ def reference_path(embeddings: Path, name: str) -> Path:
     return embeddings.with_name(f"{embeddings.stem}.{name}.parquet")
 
 
-def evaluate(cfg, folder): pass
+# ---------------------------------------------------------------------------------------------------------------------
+# eval
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Embeddings(NamedTuple):
+    """One embeddings file in memory, rows in the file's order."""
+
+    names: np.ndarray        # str [N], the identity
+    keys: np.ndarray         # str [N], source and file name of the picture
+    sources: np.ndarray      # str [N]
+    vectors: np.ndarray      # float32 [N, D], unit rows
+    note: dict               # what `embed` noted of checkpoint, split and data; empty for a foreign file
+
+
+class Measured(NamedTuple):
+    """The figures of one encoder, and what the pictures need besides."""
+
+    figures: dict            # as in metrics.json
+    cmc: list[moco.Rate]     # [20]
+    roc: dict[str, np.ndarray]
+    found: moco.Found
+    thresholds: dict[float, float | None]
+
+
+def find_embeddings(name: str, folder: Path) -> Path:
+    """In the run's folder first, then where the user stands."""
+    path = next((path for path in (folder / name, Path(name)) if path.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{folder / name}: no such file, nor {Path(name).absolute()}; command=embed writes it, or set eval.embeddings")
+    log.info("measuring %s", path)
+    return path
+
+
+def read_embeddings(path: Path) -> Embeddings:
+    """Read and check a file of `embed`, or a foreign one with the same columns. Raises ValueError for what cannot be measured."""
+    parquet = dataio.open_parquet(path)
+    missing = {"identity_id", "image_filename", "embedding"} - set(parquet.schema_arrow.names)
+    kind = None if missing else parquet.schema_arrow.field("embedding").type
+    if missing or not pa.types.is_fixed_size_list(kind) or kind.value_type != pa.float32():
+        raise ValueError(f"{path}: needs identity_id, image_filename and embedding fixed_size_list<float32>, found {parquet.schema_arrow.names} ({kind})")
+    table = parquet.read()
+    column = table["embedding"].combine_chunks()
+    if column.null_count or column.flatten().null_count:
+        raise ValueError(f"{path}: {column.null_count} rows have no embedding; write it again with command=embed")
+    vectors = column.flatten().to_numpy(zero_copy_only=True).reshape(-1, kind.list_size)
+    moco.check_vectors(vectors, str(path))
+
+    def strings(name: str) -> np.ndarray:
+        return np.array(dataio.as_strings(table[name], path, name).to_pylist())
+
+    sources = strings("source") if "source" in table.column_names else np.full(len(table), "file")
+    return Embeddings(strings("identity_id"), np.char.add(np.char.add(sources, "/"), strings("image_filename")), sources, vectors, dataio.read_metadata(path))
+
+
+def check_provenance(path: Path, note: dict) -> None:
+    """Say what cannot be known of a foreign file. Raises ValueError for vectors of people who were trained on."""
+    if not note:
+        log.warning("%s: not written by embed: nobody can tell here whether its identities were trained on, nor by which checkpoint it was made", path)
+    if note.get("trained_on"):
+        raise ValueError(f"{path}: {note['trained_on']} of its identities were trained on; measure unseen ones")
+
+
+def figures_of(rates: dict[str, moco.Rate]) -> dict[str, object]:
+    """{"rank1": Rate} -> {"rank1": 0.5, "rank1_ci": [0.4, 0.6]}"""
+    return {key: value for name, rate in rates.items() for key, value in ((name, rate.value), (f"{name}_ci", [rate.low, rate.high]))}
+
+
+def closed_set_rates(data: Embeddings, cfg: EvalConfig, per_id: int, seed: int) -> dict[str, moco.Rate]:
+    """Rank-k of one enrolment draw."""
+    drawn = moco.enrol(data.names, data.keys, per_id, seed)
+    gallery = moco.build_gallery(data.vectors[drawn.enrolled], drawn.identity[drawn.enrolled], cfg.template)
+    people = drawn.identity[drawn.probes]
+    found = moco.search(data.vectors[drawn.probes], gallery.index(people), gallery, max(cfg.top_k))
+    return moco.rates({f"rank{k}": found.rank <= k for k in cfg.top_k}, people, seed, cfg.bootstrap)
+
+
+def measure(data: Embeddings, drawn: moco.Enrolment, cfg: EvalConfig) -> Measured:
+    """Closed set and verification of one encoder: Rank-k, MRR, TAR at each FAR, AUC, EER, each with its interval."""
+    gallery = moco.build_gallery(data.vectors[drawn.enrolled], drawn.identity[drawn.enrolled], cfg.template)
+    probes, people = data.vectors[drawn.probes], drawn.identity[drawn.probes]
+    own, depth = gallery.index(people), max(20, *cfg.top_k)
+    found, compared = moco.search(probes, own, gallery, depth), moco.compare(probes, own, gallery)
+    columns, thresholds = moco.verification(compared.genuine, compared.impostors, cfg.fars)
+    columns |= moco.closed_set(found.rank, depth, exact=False) | {"mrr": 1 / compared.rank}
+    rates = moco.rates(columns, people, cfg.seed, cfg.bootstrap)
+    shown = {name: rate for name, rate in rates.items() if not name.startswith("rank") or int(name[4:]) in cfg.top_k}
+    figures = figures_of(shown) | {
+        "cmc": [rates[f"rank{k}"].value for k in range(1, 21)], "impostor_pairs": int(compared.impostors.sum()),
+        "thresholds": {f"far@{far:g}": at for far, at in thresholds.items() if at is not None},
+        "refused": [f"tar@{far:g}" for far, at in thresholds.items() if at is None],
+    }  # fmt: skip
+    curve = moco.roc(compared.genuine, compared.impostors)
+    return Measured(figures, [rates[f"rank{k}"] for k in range(1, 21)], curve, found, thresholds)
+
+
+def open_set_figures(data: Embeddings, cfg: EvalConfig) -> dict:
+    """TPIR at each FPIR when a share of the identities is not enrolled; empty where the share leaves nobody out."""
+    drawn = moco.enrol(data.names, data.keys, cfg.enroll_per_id, cfg.seed, cfg.open_set_share)
+    if not len(drawn.unknown):
+        return {}
+    gallery = moco.build_gallery(data.vectors[drawn.enrolled], drawn.identity[drawn.enrolled], cfg.template)
+    people, strangers = drawn.identity[drawn.probes], drawn.identity[drawn.unknown]
+    known = moco.search(data.vectors[drawn.probes], gallery.index(people), gallery, 1)
+    unknown = moco.search(data.vectors[drawn.unknown], np.full(len(strangers), -1), gallery, 1)
+    columns, thresholds = moco.open_set(known, unknown, cfg.fpirs)
+    rates = moco.rates(columns, np.concatenate([people, strangers]), cfg.seed, cfg.bootstrap) if columns else {}
+    return figures_of(rates) | {
+        "unknown_identities": len(np.unique(strangers)), "unknown_probes": len(strangers), "known_probes": len(people),
+        "refused": [f"tpir@{rate:g}" for rate, at in thresholds.items() if at is None],
+    }  # fmt: skip
+
+
+def pair_figures(data: Embeddings, cfg: EvalConfig) -> dict:
+    """Accuracy over the folds of a pair protocol such as LFW, the threshold from the other folds."""
+    table = dataio.open_parquet(Path(cfg.pairs)).read()
+    missing = {"fold", "image_filename_a", "image_filename_b", "same"} - set(table.column_names)
+    if missing:
+        raise ValueError(f"{cfg.pairs}: lacks the columns {sorted(missing)} of a pair protocol")
+    files = [key.split("/", 1)[1] for key in data.keys.tolist()]
+    row_of = dict(zip(files, range(len(files)), strict=True))
+    sides = [table[f"image_filename_{side}"].to_pylist() for side in "ab"]
+    unknown = {name for side in sides for name in side if name not in row_of}
+    if unknown or len(row_of) < len(files):
+        what = f"{len(unknown)} of its pictures, such as {sorted(unknown)[:1]}, have no embedding" if unknown else "file names stand twice in the embeddings"
+        raise ValueError(f"{cfg.pairs}: {what}; embed the benchmark's own pictures by embed.test_glob")
+    a, b = ([row_of[name] for name in side] for side in sides)
+    score = np.einsum("nd,nd->n", data.vectors[a], data.vectors[b])
+    same, fold = table["same"].to_numpy().astype(bool), table["fold"].to_numpy()
+    found = moco.pair_accuracy(score, same, fold)
+    at = moco.thresholds(moco.count_scores(score[~same]), cfg.fars)
+    tar = {f"tar@{far:g}": float(moco.is_match(score[same], t).mean()) for far, t in at.items() if t is not None}
+    return {"pairs": len(score), "accuracy": found.mean, "standard_error": found.standard_error, **tar, "refused": [f"tar@{far:g}" for far, t in at.items() if t is None]}
+
+
+def read_references(path: Path, data: Embeddings) -> dict[str, Embeddings]:
+    """The untrained encoder's and PCA's vectors of the same pictures, where `embed` wrote them."""
+    references = {}
+    for name in ("untrained", "pca"):
+        file = reference_path(path, name)
+        if file.exists():
+            reference = read_embeddings(file)
+            if not np.array_equal(reference.keys, data.keys) or not np.array_equal(reference.names, data.names):
+                raise ValueError(f"{file}: not the pictures of {path}; run command=embed again, or delete it")
+            references[name] = reference
+    return references
+
+
+def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
+    """Measure an embeddings file: figures to metrics.json, a table to the terminal, pictures and report.md to the run's folder."""
+    if (folder / "config.yaml").exists():
+        saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=False)
+        cfg = settings_of({"config": saved}, cfg, typed)
+    path = find_embeddings(cfg.eval.embeddings, folder)
+    data = read_embeddings(path)
+    check_provenance(path, data.note)
+    drawn = moco.enrol(data.names, data.keys, cfg.eval.enroll_per_id, cfg.eval.seed)
+    encoders = {"trained": data, **read_references(path, data)}
+    measured = {name: measure(encoder, drawn, cfg.eval) for name, encoder in encoders.items()}
+    ours, people = measured["trained"], drawn.identity[drawn.probes]
+    gallery = len(np.unique(drawn.identity[drawn.enrolled]))
+    draws = [closed_set_rates(data, cfg.eval, cfg.eval.enroll_per_id, cfg.eval.seed + n)["rank1"].value for n in range(cfg.eval.repeats)]
+    sweep = [n for n in cfg.eval.enroll_sweep if n <= np.bincount(drawn.identity).max() - 1]
+    metrics = {
+        **ours.figures,
+        "identities": gallery, "gallery": gallery, "probes": len(drawn.probes), "distractors": drawn.distractors, "chance_rank1": 1 / gallery,
+        "enroll_per_id": cfg.eval.enroll_per_id, "template": cfg.eval.template, "seed": cfg.eval.seed, "embeddings": str(path),
+        "made_from": data.note, "geometry": moco.geometry(data.vectors, drawn.identity, cfg.eval.seed),
+        "enrolment_draws": {"draws": len(draws), "rank1_mean": float(np.mean(draws)), "rank1_std": float(np.std(draws, ddof=1)) if len(draws) > 1 else None},
+        "per_source": {
+            source: figures_of(moco.rates({f"rank{k}": ours.found.rank[here] <= k for k in cfg.eval.top_k}, people[here], cfg.eval.seed, cfg.eval.bootstrap))
+            | {"probes": int(here.sum())}
+            for source in np.unique(data.sources).tolist() if (here := data.sources[drawn.probes] == source).any()
+        },
+        "enroll_sweep": {str(n): figures_of(closed_set_rates(data, cfg.eval, n, cfg.eval.seed)) for n in sweep},
+        "open_set": open_set_figures(data, cfg.eval) if cfg.eval.open_set_share else {},
+        "pair_protocol": pair_figures(data, cfg.eval) if cfg.eval.pairs else {},
+        **{name: found.figures for name, found in measured.items() if name != "trained"},
+    }  # fmt: skip
+    with write_whole(folder / cfg.eval.out) as temporary:
+        temporary.write_text(json.dumps(metrics, indent=1))
+    ranks = pa.table({"identity_id": data.names[drawn.probes], "picture": data.keys[drawn.probes], "rank": ours.found.rank})
+    with write_whole(folder / "ranks.parquet") as temporary:
+        pq.write_table(ranks, temporary)
+    table = results_table(metrics, measured, cfg.eval)
+    log.info("%s", table)
+    draw_results(cfg, folder, path, data, drawn, measured, metrics)
+    write_report(cfg, folder, metrics, table)
+    return metrics
+
+
+def results_table(metrics: dict, measured: dict[str, Measured], cfg: EvalConfig) -> str:
+    """The compact table of the terminal: a row an encoder, intervals in brackets, chance last."""
+    columns = [f"rank{k}" for k in cfg.top_k]
+    lines = [f"{'':<12}" + "".join(f"{'Rank-' + name[4:]:<24}" for name in columns)]
+    for name, found in measured.items():
+        cells = (f"{found.figures[c]:.3f} [{found.figures[c + '_ci'][0]:.3f}, {found.figures[c + '_ci'][1]:.3f}]" for c in columns)
+        lines.append(f"{name:<12}" + "".join(f"{cell:<24}" for cell in cells))
+    lines.append(f"{'chance':<12}" + "".join(f"{min(1, k / metrics['gallery']):<24.3f}" for k in cfg.top_k))
+    lines.append(
+        f"{metrics['gallery']} unseen identities enrolled with {metrics['enroll_per_id']} pictures each ({metrics['distractors']} of them "
+        f"distractors), {metrics['probes']} probes; 95 % intervals over identities"
+    )
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures and reports
+# ---------------------------------------------------------------------------------------------------------------------
+
+STYLES = ("-", "--", ":", "-.")              # told apart in black and white
+GREYS = ("black", "#555555", "#888888", "#aaaaaa")
+
+
+@functools.cache
+def can_draw() -> bool:
+    """Whether matplotlib is there; says once how to get it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        log.info("no pictures: matplotlib is missing; run with `uv run --extra plots python sniperface.py ...`")
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def picture(path: Path, rows: int = 1, columns: int = 1, width: float = 5.0, height: float = 3.6) -> Iterator[np.ndarray]:
+    """Axes [rows, columns] to draw on; the picture is saved whole when the block ends."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    yield figure.subplots(rows, columns, squeeze=False)
+    with write_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def curve(axes, x, y, label: str, style: int = 0, band: tuple | None = None, **labels: str) -> None:
+    """One line, with the band of its interval; the n-th style is told apart without colour."""
+    axes.plot(x, y, STYLES[style % 4], color=GREYS[style % 4], label=label, linewidth=1.4)
+    if band is not None:
+        axes.fill_between(x, *band, color=GREYS[style % 4], alpha=0.18, linewidth=0)
+    axes.set(**labels)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def draw_training(folder: Path) -> None:
+    """train.png: the loss beside its chance level, cosines, top-1, spread, learning rate, share of DigiFace, the monitor."""
+    lines = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+    if not can_draw() or not lines:
+        return
+    panels = (
+        ("loss [nats]", ("loss", "chance_loss")), ("cosine", ("pos_sim", "neg_sim", "neg_max")), ("share", ("instance_top1", "digiface_share")),
+        ("spread (1 even, 0 collapsed)", ("spread",)), ("learning rate", ("lr",)), ("monitor loss [nats]", ("monitor_loss",)),
+    )  # fmt: skip
+    with picture(folder / "plots" / "train.png", 2, 3, 4.2, 3.0) as axes:
+        for panel, (unit, names) in zip(axes.flat, panels, strict=True):
+            for style, name in enumerate(names):
+                there = [line for line in lines if name in line]
+                curve(panel, [line["step"] for line in there], [line[name] for line in there], name, style, xlabel="step", ylabel=unit)
+
+
+def draw_results(
+    cfg: Config, folder: Path, path: Path, data: Embeddings, drawn: moco.Enrolment, measured: dict[str, Measured], metrics: dict
+) -> None:
+    """cmc.png, roc.png, similarity.png and neighbours.png of one evaluation."""
+    if not can_draw():
+        return
+    plots = folder / "plots"
+    with picture(plots / "cmc.png") as axes:
+        ranks = np.arange(1, 21)
+        for style, (name, found) in enumerate(measured.items()):
+            band = ([rate.low for rate in found.cmc], [rate.high for rate in found.cmc])
+            curve(axes[0, 0], ranks, [rate.value for rate in found.cmc], name, style, band, xlabel="rank", ylabel="share of probes found", ylim=(0, 1))
+        curve(axes[0, 0], ranks, np.minimum(1, ranks / metrics["gallery"]), "chance", 3)
+        axes[0, 0].set_xticks([1, 5, 10, 15, 20])
+    with picture(plots / "roc.png") as axes:
+        for style, (name, found) in enumerate(measured.items()):
+            curve(axes[0, 0], found.roc["far"], found.roc["tar"], name, style, xlabel="false accept rate", ylabel="true accept rate", xscale="log", ylim=(0, 1))
+            marks = [(float(key[4:]), value, found.figures[key + "_ci"]) for key, value in found.figures.items() if key.startswith("tar@") and not key.endswith("_ci")]
+            for far, tar, (low, high) in marks:
+                axes[0, 0].plot([far, far], [low, high], color=GREYS[style], linewidth=3, alpha=0.4)
+                axes[0, 0].plot([far], [tar], "o", color=GREYS[style], markersize=3)
+        far = measured["trained"].roc["far"]
+        curve(axes[0, 0], far, far, "chance", 3)
+    with picture(plots / "similarity.png", width=6) as axes:
+        found = measured["trained"]
+        edges = found.roc["edge"][::8]                                   # bins of 0.04
+        middle = (edges[:-1] + edges[1:]) / 2
+        for style, name in enumerate(("genuine", "impostors")):
+            counts = found.roc[name].reshape(-1, 8).sum(axis=1)
+            density = counts / counts.sum() / np.diff(edges)
+            curve(axes[0, 0], middle, density, name, style, xlabel="cosine of probe and template", ylabel="density")
+        for far, at in found.thresholds.items():
+            if at is not None and far in (1e-2, 1e-3, 1e-4):
+                axes[0, 0].axvline(at, color="black", linewidth=0.6)
+                axes[0, 0].text(at, axes[0, 0].get_ylim()[1], f"FAR {far:g}", rotation=90, va="top", ha="right", fontsize=7)
+        axes[0, 0].set(xlim=(float(middle[counts > 0][0]) - 0.05, 1), ylim=(0, None))
+    draw_neighbours(cfg, plots / "neighbours.png", data, drawn, measured["trained"])
+
+
+def draw_neighbours(cfg: Config, path: Path, data: Embeddings, drawn: moco.Enrolment, found: Measured) -> None:
+    """Probes with their five nearest templates, each shown by its first enrolled picture: worst mistakes first, then some that are right."""
+    if cfg.eval.template != "centroid":
+        return                                                           # a row of the gallery is not an identity then
+    codes, first = np.unique(drawn.identity[drawn.enrolled], return_index=True)
+    margin = found.found.score[:, 0] - np.einsum("nd,nd->n", data.vectors[drawn.probes], data.vectors[drawn.enrolled[first]][np.searchsorted(codes, drawn.identity[drawn.probes])])
+    order = np.argsort(np.where(found.found.rank > 1, -margin, np.inf), kind="stable")
+    wrong = int((found.found.rank > 1).sum())
+    shown = np.concatenate([order[: min(6, wrong)], order[wrong : wrong + 2]])
+    nearest = found.found.row[shown, : min(5, len(codes))]                                            # [8, 5]
+    rows = np.concatenate([drawn.probes[shown][:, None], drawn.enrolled[first][nearest]], axis=1)     # [8, 6] of the file
+    pictures = find_pictures(cfg, {(data.sources[row], data.keys[row].split("/", 1)[1], data.names[row]) for row in rows.ravel()})
+    if pictures is None:
+        log.info("no neighbours.png: the pictures of these embeddings are not where the settings say")
+        return
+    with picture(path, *rows.shape, 1.1, 1.3) as axes:
+        for i, j in np.ndindex(rows.shape):
+            row, panel = rows[i, j], axes[i, j]
+            panel.imshow(pictures[data.sources[row], data.keys[row].split("/", 1)[1], data.names[row]])
+            panel.set(xticks=[], yticks=[])
+            right = data.names[row] == data.names[rows[i, 0]]
+            title = "probe" if j == 0 else f"{found.found.score[shown[i], j - 1]:.2f} {'right' if right else 'wrong'}"
+            panel.set_title(title, fontsize=7, fontweight="bold" if j and right else "normal")
+            for spine in panel.spines.values():
+                spine.set(linewidth=3 if j and right else 0.5, linestyle="-" if j == 0 or right else ":")
+
+
+def find_pictures(cfg: Config, wanted: set[tuple[str, str, str]]) -> dict | None:
+    """Decode the pictures (source, file name, identity) from the data of the run; None if the data is not there."""
+    try:
+        indices = embedded_indices(cfg, locate_rows(cfg, cfg.embed.split) if cfg.embed.test_glob is None else None)
+        found = {}
+        for source, (index, columns) in indices.items():
+            for table in dataio.read_rows(index, columns):
+                names = zip(itertools.repeat(source), table["image_filename"].to_pylist(), table["identity_id"].to_pylist(), strict=False)
+                for i, key in enumerate(names):
+                    if key in wanted:
+                        found[key] = dataio.decode_image(table["image_bytes"][i].as_buffer(), cfg.data.image_size, cfg.data.max_image_pixels)
+        return found if wanted <= found.keys() else None
+    except (ValueError, OSError):
+        return None
+
+
+def write_report(cfg: Config, folder: Path, metrics: dict, table: str) -> None:
+    """report.md: figures and pictures of a run on one page, from the template conf/templates/report.md."""
+    def rows(figures: dict) -> str:
+        names = [name for name in figures if f"{name}_ci" in figures]
+        return "\n".join(f"| {name} | {figures[name]:.4f} | {figures[name + '_ci'][0]:.4f} to {figures[name + '_ci'][1]:.4f} |" for name in names)
+
+    pictures = [name for name in ("cmc", "roc", "similarity", "neighbours", "train", "views") if (folder / "plots" / f"{name}.png").exists()]
+    values = {
+        "run": folder.name, "table": table, "figures": rows(metrics), "open_set": rows(metrics["open_set"]) or "| none | | |",
+        "refused": ", ".join(metrics["refused"] + metrics["open_set"].get("refused", [])) or "none",
+        "draws": metrics["enrolment_draws"], "geometry": metrics["geometry"], "made_from": json.dumps(metrics["made_from"]),
+        "sources": "\n".join(f"| {name} | {f['probes']} | {f['rank1']:.4f} | {f['rank1_ci'][0]:.4f} to {f['rank1_ci'][1]:.4f} |" for name, f in metrics["per_source"].items()),
+        "sweep": "\n".join(f"| {n} | {f['rank1']:.4f} | {f['rank1_ci'][0]:.4f} to {f['rank1_ci'][1]:.4f} |" for n, f in metrics["enroll_sweep"].items()),
+        "pictures": "\n\n".join(f"![{name}](plots/{name}.png)" for name in pictures),
+    }  # fmt: skip
+    with write_whole(folder / "report.md") as temporary:
+        temporary.write_text(string.Template((CONF / "templates" / "report.md").read_text()).substitute(values))
+
+
+def report(cfg: Config, pattern: str) -> None:
+    """Several runs side by side: table.csv and curves.png beside them, and the paired difference of each to the first."""
+    import polars as pl
+
+    runs = sorted({Path(path).parent for path in glob.glob(f"{pattern}/config.yaml")})
+    if not runs:
+        raise FileNotFoundError(f"report.runs={pattern}: no run there (a folder with config.yaml)")
+    settings = [flat(OmegaConf.to_container(OmegaConf.load(run / "config.yaml"), resolve=False)) for run in runs]
+    varied = sorted(key for key in settings[0] if key not in ("run", "run_dir", "command") and len({str(s.get(key)) for s in settings}) > 1)
+    metrics = [json.loads((run / cfg.eval.out).read_text()) if (run / cfg.eval.out).exists() else {} for run in runs]
+    rows = []
+    for run, setting, figures in zip(runs, settings, metrics, strict=True):
+        rates = {key: figures.get(key) for key in ("rank1", "rank5", "rank10", "mrr", "auc", "eer")}
+        low, high = figures.get("rank1_ci", (None, None))
+        change = difference_to(runs[0], run, cfg)
+        state = "measured" if figures else "trained" if any(run.glob("checkpoints/epoch_*.pt")) else "begun"
+        overrides = {key: str(setting.get(key)) for key in varied}
+        rows.append({"run": run.name, "state": state, **overrides, **rates, "rank1_low": low, "rank1_high": high, **change})
+    out = Path(os.path.commonpath(runs)) if len(runs) > 1 else runs[0].parent
+    with write_whole(out / "table.csv") as temporary:
+        pl.DataFrame(rows, infer_schema_length=None).write_csv(temporary)
+    if can_draw():
+        with picture(out / "curves.png", 1, 2) as axes:
+            for style, (run, figures) in enumerate(zip(runs, metrics, strict=True)):
+                name = ", ".join(f"{key.split('.')[-1]}={s}" for key in varied[:3] if (s := rows[style][key])) or run.name
+                lines = [json.loads(line) for line in (run / "train_log.jsonl").read_text().splitlines()] if (run / "train_log.jsonl").exists() else []
+                curve(axes[0, 0], [line["step"] for line in lines], [line["loss"] for line in lines], name, style, xlabel="step", ylabel="loss [nats]")
+                curve(axes[0, 1], range(1, 1 + len(figures.get("cmc", []))), figures.get("cmc", []), name, style, xlabel="rank", ylabel="share of probes found", ylim=(0, 1))
+    log.info("%s: %d runs", out / "table.csv", len(runs))
+
+
+def difference_to(first: Path, run: Path, cfg: Config) -> dict[str, float | None]:
+    """Rank-1 of a run minus that of the first, over the same probes, with its interval; empty values where they were not the same."""
+    names = ("rank1_change", "rank1_change_low", "rank1_change_high")
+    files = [path / "ranks.parquet" for path in (first, run)]
+    if not all(file.exists() for file in files):
+        return dict.fromkeys(names)
+    base, ours = (pq.read_table(file).sort_by([("identity_id", "ascending"), ("picture", "ascending")]) for file in files)
+    if not base.select(["identity_id", "picture"]).equals(ours.select(["identity_id", "picture"])):
+        return dict.fromkeys(names)
+    hits = [{"rank1": table["rank"].to_numpy() == 1} for table in (ours, base)]
+    change = moco.differences(*hits, np.array(base["identity_id"].to_pylist()), cfg.eval.seed)["rank1"]
+    return dict(zip(names, change, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -952,7 +1380,7 @@ def train_and_measure(cfg: Config, folder: Path, typed: set[str]) -> float | Non
     """The whole path in one process: table, train, embed, eval."""
     objective = train(cfg, folder)
     embed(cfg, folder, typed)
-    evaluate(cfg, folder)
+    evaluate(cfg, folder, typed)
     return objective
 
 
@@ -960,8 +1388,9 @@ COMMANDS: dict[str, Callable[[Config, Path, set[str]], float | None]] = {
     "split": lambda cfg, folder, typed: split(cfg, folder),
     "train": lambda cfg, folder, typed: train(cfg, folder),
     "embed": embed,
-    "eval": lambda cfg, folder, typed: evaluate(cfg, folder),
+    "eval": lambda cfg, folder, typed: evaluate(cfg, folder, typed) and None,
     "all": train_and_measure,
+    "report": lambda cfg, folder, typed: report(cfg, cfg.report.runs or str(folder)),
 }
 
 
@@ -977,7 +1406,10 @@ def main(raw: DictConfig) -> float | None:
     try:
         cfg = load_config(raw)
         with logging_redirect_tqdm():
-            return COMMANDS[cfg.command](cfg, folder, typed_keys(HydraConfig.get().overrides.task))
+            objective = COMMANDS[cfg.command](cfg, folder, typed_keys(HydraConfig.get().overrides.task))
+            if HydraConfig.get().mode == RunMode.MULTIRUN and cfg.command in ("train", "eval", "all"):
+                report(cfg, str(folder.parent / "*"))                    # so a sweep ends with its table
+            return objective
     except Exception:
         log.debug("failed", exc_info=True)                               # for log.txt: the terminal gets one line
         raise
