@@ -38,14 +38,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 log = logging.getLogger("sniperface")
-ROW_GROUP_ROWS = 500            # of the files we write: small enough to mix many at a time, large enough to read fast
-SHARD_BYTES = 256 << 20         # of a materialised train shard, which is shuffled in memory
-LANES = 8                       # places of the files that are read side by side; fixed, so that the order never depends on the machine
-PREFETCH = 4                    # batches that are decoded ahead
-READ_AHEAD = 1024               # images whose row groups are requested before they are due
-TASK_IMAGES = 32                # that a thread decodes at a time: some 10 ms
-CACHE_CHUNK = 4096              # images of a decoded cache that share a checksum
-METADATA_KEY = b"sniperface"    # our entry in the schema metadata of the files we write
+ROW_GROUP_ROWS = 500  # of the files we write: small enough to mix many at a time, large enough to read fast
+SHARD_BYTES = 256 << 20  # of a materialised train shard, which is shuffled in memory
+LANES = 8  # places of the files that are read side by side; fixed, so that the order never depends on the machine
+PREFETCH = 4  # batches that are decoded ahead
+READ_AHEAD = 1024  # images whose row groups are requested before they are due
+TASK_IMAGES = 32  # that a thread decodes at a time: some 10 ms
+CACHE_CHUNK = 4096  # images of a decoded cache that share a checksum
+METADATA_KEY = b"sniperface"  # our entry in the schema metadata of the files we write
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
@@ -57,7 +57,7 @@ def write_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; when the block ends well, what was written there takes the name `path` at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        if not Path(f"/proc/{stale.name.split('.')[-2]}").exists():      # left by a process that was killed
+        if not Path(f"/proc/{stale.name.split('.')[-2]}").exists():  # left by a process that was killed
             stale.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -84,7 +84,9 @@ def need_space(folder: Path, need_bytes: int, what: str) -> None:
     existing = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
     free = shutil.disk_usage(existing).free
     if free < need_bytes:
-        raise OSError(f"{folder}: {what} needs {need_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; make room or choose another folder")
+        raise OSError(
+            f"{folder}: {what} needs {need_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; make room or choose another folder"
+        )
 
 
 def find_files(globs: str | Sequence[str]) -> list[Path]:
@@ -92,7 +94,7 @@ def find_files(globs: str | Sequence[str]) -> list[Path]:
     found: list[Path] = []
     for pattern in [globs] if isinstance(globs, str | os.PathLike) else globs:
         pattern = str(pattern)
-        matches = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)   # a name may hold [ ]
+        matches = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)  # a name may hold [ ]
         if not matches:
             raise FileNotFoundError(f"no file matches {pattern!r} (looked from {Path.cwd()})")
         found += [Path(m) for m in matches]
@@ -106,7 +108,7 @@ class Columns:
     image: str
 
 
-COLUMNS = Columns("identity_id", "image_filename", "image_bytes")        # the contract's own names
+COLUMNS = Columns("identity_id", "image_filename", "image_bytes")  # the contract's own names
 
 
 def open_parquet(path: Path, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
@@ -114,7 +116,9 @@ def open_parquet(path: Path, metadata: pq.FileMetaData | None = None) -> pq.Parq
     try:
         return pq.ParquetFile(path, metadata=metadata, pre_buffer=False)
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path}: not a readable parquet file ({first_line(error)}); remove it from the glob or fetch it again") from error
+        raise ValueError(
+            f"{path}: not a readable parquet file ({first_line(error)}); remove it from the glob or fetch it again"
+        ) from error
 
 
 def first_line(error: BaseException) -> str:
@@ -123,6 +127,7 @@ def first_line(error: BaseException) -> str:
 
 def check_contract(path: Path, schema: pa.Schema, columns: Columns) -> None:
     """Raise ValueError unless `schema` has the three columns with types that can hold an identity, a name and an image."""
+
     def fits(kind: pa.DataType, *tests) -> bool:
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         return any(test(kind) for test in tests)
@@ -136,7 +141,9 @@ def check_contract(path: Path, schema: pa.Schema, columns: Columns) -> None:
     }
     for name, (kind, tests) in wanted.items():
         if schema.names.count(name) != 1:
-            raise ValueError(f"{path}: {schema.names.count(name)} columns called {name!r}, found {schema.names}; set data.columns to the names in your files")
+            raise ValueError(
+                f"{path}: {schema.names.count(name)} columns called {name!r}, found {schema.names}; set data.columns to the names in your files"
+            )
         if not fits(schema.field(name).type, *tests):
             raise ValueError(f"{path}: column {name!r} is {schema.field(name).type}, must be {kind}")
 
@@ -179,8 +186,8 @@ class SplitConfig:
 class Splits(NamedTuple):
     """The table of `write_identity_splits`: identities of each side, what it was made with, and its hash."""
 
-    identities: dict[str, list[str]]     # "train", "val", "test"
-    note: dict                           # seed, train_ratio, validation_ratio, counts
+    identities: dict[str, list[str]]  # "train", "val", "test"
+    note: dict  # seed, train_ratio, validation_ratio, counts
     hash: str
 
 
@@ -208,7 +215,10 @@ def assign_splits(
     new = sorted(set(identities) - sides.keys(), key=lambda identity: (digest(seed, identity), identity))
     total = len(sides) + len(new)
     train_side = round(train_ratio * total)
-    for side, wanted in (("val", round(validation_ratio * train_side)), ("train", train_side - round(validation_ratio * train_side))):
+    for side, wanted in (
+        ("val", round(validation_ratio * train_side)),
+        ("train", train_side - round(validation_ratio * train_side)),
+    ):
         missing = max(0, wanted - sum(s == side for s in sides.values()))
         sides.update(dict.fromkeys(new[:missing], side))
         new = new[missing:]
@@ -216,14 +226,21 @@ def assign_splits(
 
 
 def write_identity_splits(
-    ids: Iterable[str], out_path: str | Path, train_ratio: float, seed: int, validation_ratio: float = 0.0, known: dict[str, str] | None = None
+    ids: Iterable[str],
+    out_path: str | Path,
+    train_ratio: float,
+    seed: int,
+    validation_ratio: float = 0.0,
+    known: dict[str, str] | None = None,
 ) -> Splits:
     """Decide the split of `ids` (see `assign_splits`) and write it as parquet: `identity_id`, `split`, with seed, ratios and counts."""
     sides = assign_splits(ids, train_ratio, seed, validation_ratio, known)
     names = sorted(sides)
     counts = {side: sum(s == side for s in sides.values()) for side in ("train", "val", "test")}
     if not counts["train"] or not counts["test"]:
-        raise ValueError(f"{len(names)} identities split into {counts}: both train and test need at least one; give more data or another split.train_ratio")
+        raise ValueError(
+            f"{len(names)} identities split into {counts}: both train and test need at least one; give more data or another split.train_ratio"
+        )
     note = {"seed": seed, "train_ratio": train_ratio, "validation_ratio": validation_ratio, "counts": counts}
     table = pa.table({"identity_id": names, "split": [sides[name] for name in names]})
     with write_whole(Path(out_path)) as temporary:
@@ -238,7 +255,10 @@ def read_identity_splits(path: str | Path) -> Splits:
     if not {"identity_id", "split"} <= set(parquet.schema_arrow.names):
         raise ValueError(f"{path}: not a split table, its columns are {parquet.schema_arrow.names}; expected identity_id and split")
     table = parquet.read(columns=["identity_id", "split"])
-    names, sides = as_strings(table["identity_id"], path, "identity_id").to_pylist(), as_strings(table["split"], path, "split").to_pylist()
+    names, sides = (
+        as_strings(table["identity_id"], path, "identity_id").to_pylist(),
+        as_strings(table["split"], path, "split").to_pylist(),
+    )
     if len(set(names)) != len(names) or not set(sides) <= {"train", "val", "test"}:
         raise ValueError(f"{path}: a split table has each identity once, as train, val or test; delete it and run command=split")
     identities: dict[str, list[str]] = {"train": [], "val": [], "test": []}
@@ -257,10 +277,10 @@ class RowIndex(NamedTuple):
 
     files: list[pq.FileMetaData]
     paths: list[Path]
-    units: np.ndarray            # int32 [U, 2]: file, row group
-    unit: np.ndarray             # int32 [N]: unit of each allowed row, ascending
-    row: np.ndarray              # int32 [N]: row inside the unit
-    fingerprint: str             # of the files' rows and of which are allowed; the folder does not count
+    units: np.ndarray  # int32 [U, 2]: file, row group
+    unit: np.ndarray  # int32 [N]: unit of each allowed row, ascending
+    row: np.ndarray  # int32 [N]: row inside the unit
+    fingerprint: str  # of the files' rows and of which are allowed; the folder does not count
 
 
 def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | None, columns: Columns = COLUMNS) -> RowIndex:
@@ -273,7 +293,9 @@ def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | 
         files.append(parquet.metadata)
         for group in range(parquet.num_row_groups):
             identities = as_strings(parquet.read_row_group(group, columns=[columns.identity]).column(0), path, columns.identity)
-            mask = np.ones(len(identities), bool) if allowed is None else pc.is_in(identities, allowed).to_numpy(zero_copy_only=False)
+            mask = (
+                np.ones(len(identities), bool) if allowed is None else pc.is_in(identities, allowed).to_numpy(zero_copy_only=False)
+            )
             rows = np.flatnonzero(mask).astype(np.int32)
             marks.append((path.name, group, parquet.metadata.row_group(group).total_byte_size, zlib.crc32(mask.tobytes())))
             if len(rows):
@@ -281,7 +303,9 @@ def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | 
                 row_of_row.append(rows)
                 units.append((number, group))
     if not units:
-        raise ValueError(f"{globs}: no row of {len(paths)} files has an allowed identity; is split.out_dir the table of other data?")
+        raise ValueError(
+            f"{globs}: no row of {len(paths)} files has an allowed identity; is split.out_dir the table of other data?"
+        )
     fingerprint = digest(*marks)
     return RowIndex(files, paths, np.array(units, np.int32), np.concatenate(unit_of_row), np.concatenate(row_of_row), fingerprint)
 
@@ -315,9 +339,9 @@ def lane_order(unit: np.ndarray, rng: np.random.Generator, shuffle_files: bool, 
     place = np.empty(count, np.int64)
     place[rng.permutation(count) if shuffle_files else np.arange(count)] = np.arange(count)
     lanes = LANES if shuffle_files else 1
-    lane, place = place % lanes, place // lanes                                       # [U]
-    block = max(1, round(shuffle_buffer / lanes / (len(unit) / count)))               # row groups in a block
-    block_of = (place + lane * block // lanes) // block                               # [U]
+    lane, place = place % lanes, place // lanes  # [U]
+    block = max(1, round(shuffle_buffer / lanes / (len(unit) / count)))  # row groups in a block
+    block_of = (place + lane * block // lanes) // block  # [U]
     key = rng.random(len(unit)) if shuffle_buffer > 1 else np.arange(len(unit))
     order = np.lexsort((key, block_of[unit], lane[unit]))
     starts = np.searchsorted(lane[unit][order], np.arange(lanes))
@@ -360,14 +384,24 @@ def image_bytes_of(index: RowIndex, columns: Columns) -> int:
     total = 0
     for number, group in index.units.tolist():
         found = index.files[number].row_group(group)
-        total += sum(found.column(c).total_uncompressed_size for c in range(found.num_columns) if found.column(c).path_in_schema == columns.image)
+        total += sum(
+            found.column(c).total_uncompressed_size
+            for c in range(found.num_columns)
+            if found.column(c).path_in_schema == columns.image
+        )
     return total * len(index.unit) // max(1, sum(index.files[n].row_group(g).num_rows for n, g in index.units.tolist()))
 
 
 def write_shard(path: Path, tables: Iterable[pa.Table], note: dict) -> None:
     """Write tables of SHARD_SCHEMA as row groups of ROW_GROUP_ROWS, images uncompressed: they are compressed already."""
-    packing = {"compression": {"identity_id": "zstd", "image_filename": "zstd", "image_bytes": "none"}, "use_dictionary": ["identity_id"]}
-    with write_whole(path) as temporary, pq.ParquetWriter(temporary, with_metadata(SHARD_SCHEMA, note), write_statistics=["identity_id"], **packing) as writer:
+    packing = {
+        "compression": {"identity_id": "zstd", "image_filename": "zstd", "image_bytes": "none"},
+        "use_dictionary": ["identity_id"],
+    }
+    with (
+        write_whole(path) as temporary,
+        pq.ParquetWriter(temporary, with_metadata(SHARD_SCHEMA, note), write_statistics=["identity_id"], **packing) as writer,
+    ):
         left = SHARD_SCHEMA.empty_table()
         for table in tables:
             left = pa.concat_tables([left, table])
@@ -414,7 +448,7 @@ def materialize_split(
         return [out_dir / name for name in names]
     part = out_dir.with_name(f".{out_dir.name}.part")
     marker = part / "note.json"
-    if not marker.exists() or json.loads(marker.read_text()) != note:                   # of another split, or none
+    if not marker.exists() or json.loads(marker.read_text()) != note:  # of another split, or none
         shutil.rmtree(part, ignore_errors=True)
         need_space(part, (2 if shuffled else 1) * size * 11 // 10, f"materialising {rows} {split_name} images")
         with write_whole(marker) as temporary:
@@ -492,13 +526,13 @@ def decode_image(data: bytes | memoryview, size: int, max_pixels: int) -> np.nda
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")) as image:
             if image.width * image.height > max_pixels:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than data.max_image_pixels={max_pixels}")
-            if image.getexif().get(0x0112, 1) != 1:                      # the camera was held sideways
+            if image.getexif().get(0x0112, 1) != 1:  # the camera was held sideways
                 image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):                               # 16 bit grey, which convert() would clip
+            if image.mode.startswith("I"):  # 16 bit grey, which convert() would clip
                 image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
             image = image.convert("RGB")
             return np.asarray(image if image.size == (size, size) else ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
-    except Exception as error:           # Pillow raises a dozen types on damaged files; each of them means the same here
+    except Exception as error:  # Pillow raises a dozen types on damaged files; each of them means the same here
         raise ValueError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
@@ -551,9 +585,9 @@ class ParquetImageStream:
         self.shuffle_files, self.shuffle_buffer, self.batch_read_rows = shuffle_files, shuffle_buffer, batch_read_rows
         self.image_size, self.seed, self.max_pixels = image_size, seed, max_image_pixels
         self.bad = BadImages(max_bad_fraction, "a readable one of its row group stands in for it")
-        self.starts = np.searchsorted(self.index.unit, np.arange(len(self.index.units) + 1))     # first row of each unit
-        self.loaded: dict[tuple[int, int], Future] = {}                  # encoded rows by (pass, unit), from first to last use
-        self.to_come: dict[int, np.ndarray] = {}                         # by pass: images of each unit that are still to be drawn
+        self.starts = np.searchsorted(self.index.unit, np.arange(len(self.index.units) + 1))  # first row of each unit
+        self.loaded: dict[tuple[int, int], Future] = {}  # encoded rows by (pass, unit), from first to last use
+        self.to_come: dict[int, np.ndarray] = {}  # by pass: images of each unit that are still to be drawn
         self.next_image = -1
         self.order = functools.lru_cache(maxsize=2)(self.order)
 
@@ -584,14 +618,18 @@ class ParquetImageStream:
         parts, offset = [], 0
         try:
             parquet = open_parquet(path, self.index.files[number])
-            for batch in parquet.iter_batches(self.batch_read_rows, row_groups=[group], columns=[self.columns.image], use_threads=False):
+            for batch in parquet.iter_batches(
+                self.batch_read_rows, row_groups=[group], columns=[self.columns.image], use_threads=False
+            ):
                 inside = wanted[(wanted >= offset) & (wanted < offset + len(batch))] - offset
                 parts.append(pc.cast(batch.column(0), pa.large_binary()).take(pa.array(inside)))
                 offset += len(batch)
         except (OSError, pa.ArrowException, ValueError) as error:
             raise ValueError(f"{path} row group {group}: cannot be read ({first_line(error)}); has the file changed?") from error
         if offset <= wanted[-1]:
-            raise ValueError(f"{path} row group {group}: ends at row {offset}, the index expects row {wanted[-1]}; has the file changed?")
+            raise ValueError(
+                f"{path} row group {group}: ends at row {offset}, the index expects row {wanted[-1]}; has the file changed?"
+            )
         return pa.concat_arrays(parts)
 
     def decode_row(self, unit: int, place: int, encoded: pa.LargeBinaryArray) -> np.ndarray:
@@ -606,7 +644,9 @@ class ParquetImageStream:
                     self.bad.add(*place_of(self.index, int(self.starts[unit]) + candidate), str(error))
             unit, place = (unit + 1) % len(self.index.units), 0
             encoded = self.read_unit(unit) if step + 1 < len(self.index.units) else encoded
-        raise ValueError(f"{self.globs}: not one of {len(self)} images can be decoded; the first: {next(iter(self.bad.found.items()))}")
+        raise ValueError(
+            f"{self.globs}: not one of {len(self)} images can be decoded; the first: {next(iter(self.bad.found.items()))}"
+        )
 
     def decode_rows(self, rows: np.ndarray, encoded: dict[int, Future], out: np.ndarray) -> None:
         """Decode rows of the index into out [len(rows), S, S, 3]; waits for their row groups, whose reading started before."""
@@ -619,7 +659,7 @@ class ParquetImageStream:
 
         Reading is requested before the decoding that waits for it, and the pool starts tasks in order, so one worker is enough.
         """
-        if first != self.next_image:                                     # the start, or a jump to where a checkpoint was taken
+        if first != self.next_image:  # the start, or a jump to where a checkpoint was taken
             self.loaded, self.to_come = {}, {}
         self.next_image = stop
         for number, rows in self.rows(first, stop + min(READ_AHEAD, len(self))):
@@ -639,7 +679,7 @@ class ParquetImageStream:
                 futures.append(pool.submit(self.decode_rows, part, encoded, target))
             done += len(rows)
             self.to_come[number][units] -= uses
-            for unit in units[self.to_come[number][units] == 0].tolist():    # its last image: tasks hold what they still need
+            for unit in units[self.to_come[number][units] == 0].tolist():  # its last image: tasks hold what they still need
                 del self.loaded[number, unit]
             if not self.to_come[number].any():
                 del self.to_come[number]
@@ -730,7 +770,9 @@ class DeviceCache(DecodedCache):
         super().__init__(stream, folder, workers)
         decoded, need = self.images, self.images.nbytes
         if device.type == "cuda" and need > 0.6 * torch.cuda.mem_get_info(device)[0]:
-            raise ValueError(f"data.cache=device: {need / 1e9:.1f} GB of images do not fit beside the training on {device}; set data.cache=decoded")
+            raise ValueError(
+                f"data.cache=device: {need / 1e9:.1f} GB of images do not fit beside the training on {device}; set data.cache=decoded"
+            )
         self.images = torch.empty(decoded.shape, dtype=torch.uint8, device=device)
         for start in range(0, len(decoded), CACHE_CHUNK):
             self.images[start : start + CACHE_CHUNK] = torch.from_numpy(np.array(decoded[start : start + CACHE_CHUNK]))
@@ -774,10 +816,12 @@ def open_cache(stream: ParquetImageStream, folder: Path, workers: int | None) ->
                 bar.update(len(batch))
         os.replace(part, final)
     images = np.memmap(final, np.uint8, "r", shape=shape)
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:                         # crc32 releases the GIL
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # crc32 releases the GIL
         found = list(pool.map(lambda c: zlib.crc32(images[c * CACHE_CHUNK : (c + 1) * CACHE_CHUNK]), range(chunks)))
     if found != sums:
-        raise ValueError(f"{final}: {sum(a != b for a, b in zip(found, sums, strict=False))} of {chunks} chunks are damaged; delete it, it will be made again")
+        raise ValueError(
+            f"{final}: {sum(a != b for a, b in zip(found, sums, strict=False))} of {chunks} chunks are damaged; delete it, it will be made again"
+        )
     return images
 
 
@@ -808,7 +852,7 @@ class Schedule:
         points = cfg and cfg.progress
         share = np.interp(middle, points, cfg.digiface_share) if points else np.full(len(middle), rows[0] / sum(rows))
         share = share if len(rows) == 2 else np.ones(len(middle))
-        self.of_first = np.floor(np.concatenate([[0], np.cumsum(share * batch_size)]) + 0.5).astype(np.int64)    # [steps + 1]
+        self.of_first = np.floor(np.concatenate([[0], np.cumsum(share * batch_size)]) + 0.5).astype(np.int64)  # [steps + 1]
 
     def drawn(self, step: int) -> list[int]:
         """Images of DigiFace and of Digi2Real that were drawn before `step`."""
@@ -885,7 +929,7 @@ class AugmentConfig:
     erase: Op
 
 
-NEUTRAL = {"zoom": 1.0, "aspect": 1.0, "brightness": 1.0, "contrast": 1.0, "saturation": 1.0}      # the others: 0
+NEUTRAL = {"zoom": 1.0, "aspect": 1.0, "brightness": 1.0, "contrast": 1.0, "saturation": 1.0}  # the others: 0
 
 
 def draw_strengths(cfg: AugmentConfig, count: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -894,7 +938,7 @@ def draw_strengths(cfg: AugmentConfig, count: int, generator: torch.Generator) -
     With cfg.pick = n, just n of the operations with p > 0 (doing nothing is one more) apply to an image, as in RandAugment.
     """
     ops = {name: op for name, op in vars(cfg).items() if isinstance(op, Op)}
-    chance = torch.tensor([op.p for op in ops.values()])[:, None]                      # [ops, 1]
+    chance = torch.tensor([op.p for op in ops.values()])[:, None]  # [ops, 1]
     gate = torch.rand(len(ops), count, generator=generator)
     applies = gate < chance
     if cfg.pick:
@@ -919,18 +963,18 @@ def geometry(s: dict[str, Tensor], corners: Tensor) -> Tensor:
     along_x, along_y = (1 - 2 * s["flip"]) / (s["zoom"] * stretch), stretch / s["zoom"]
     linear = torch.stack([cos * along_x, -sin * along_y, sin * along_x, cos * along_y], 1).view(-1, 2, 2)
     shear = torch.stack([torch.ones_like(cos), s["shear_x"], s["shear_y"], torch.ones_like(cos)], 1).view(-1, 2, 2)
-    shift = 2 * torch.stack([s["shift_x"], s["shift_y"]], 1)[:, :, None]               # shares of the side -> [-1, 1]
-    affine = torch.cat([shift, linear @ shear, torch.zeros_like(shift)], dim=2)         # [n, 2, 4]
-    signs = torch.tensor([[1, -1, -1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, 1, 1, 1]]).float()     # corner -> basis
+    shift = 2 * torch.stack([s["shift_x"], s["shift_y"]], 1)[:, :, None]  # shares of the side -> [-1, 1]
+    affine = torch.cat([shift, linear @ shear, torch.zeros_like(shift)], dim=2)  # [n, 2, 4]
+    signs = torch.tensor([[1, -1, -1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, 1, 1, 1]]).float()  # corner -> basis
     return affine + corners @ signs / 4
 
 
 def resample(images: Tensor, maps: Tensor) -> Tensor:
     """Pictures [n, 3, S, S] seen through `geometry` maps [n, 2, 4], bilinear; outside, the picture is mirrored."""
     size = images.shape[-1]
-    axis = (torch.arange(size, device=images.device) * 2 + 1) / size - 1               # centres of the pixels
+    axis = (torch.arange(size, device=images.device) * 2 + 1) / size - 1  # centres of the pixels
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    basis = torch.stack([torch.ones_like(x), x, y, x * y], dim=-1).view(-1, 4)          # [S*S, 4]
+    basis = torch.stack([torch.ones_like(x), x, y, x * y], dim=-1).view(-1, 4)  # [S*S, 4]
     grid = (basis @ maps.transpose(1, 2)).view(-1, size, size, 2)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
@@ -941,11 +985,13 @@ def colour_matrix(s: dict[str, Tensor]) -> Tensor:
     luma = torch.tensor([0.299, 0.587, 0.114]).expand(3, 3)
     saturation = (s["saturation"] * (s["grey"] == 0)).view(n, 1, 1)
     turn = (2 * math.pi * s["hue"]).view(n, 1, 1)
-    grey_axis = torch.ones(3, 3) / 3                                                    # Rodrigues' rotation about (1, 1, 1)
+    grey_axis = torch.ones(3, 3) / 3  # Rodrigues' rotation about (1, 1, 1)
     cross = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
     hue = turn.cos() * torch.eye(3) + turn.sin() * cross + (1 - turn.cos()) * grey_axis
     gain = (s["brightness"] * s["contrast"]).view(n, 1, 1)
-    offset = ((s["brightness"] - 1) * s["contrast"]).view(n, 1, 1).expand(n, 3, 1)      # brightness scales [0, 1], contrast about mid-grey
+    offset = (
+        ((s["brightness"] - 1) * s["contrast"]).view(n, 1, 1).expand(n, 3, 1)
+    )  # brightness scales [0, 1], contrast about mid-grey
     return torch.cat([gain * (hue @ (saturation * torch.eye(3) + (1 - saturation) * luma)), offset], dim=2)
 
 
@@ -963,8 +1009,8 @@ def blur(x: Tensor, sigma_px: Tensor) -> Tensor:
     """Gaussian blur with a sigma [n] per image, separable, as one grouped convolution."""
     n, c, h, w = x.shape
     reach = torch.arange(-6, 7)
-    kernel = torch.softmax(-0.5 * (reach / sigma_px[:, None].clamp(min=0.1)) ** 2, dim=1)           # [n, 13]
-    kernel = kernel.to(x.device, x.dtype).repeat_interleave(c, dim=0)[:, None, :, None]             # [n*c, 1, 13, 1]
+    kernel = torch.softmax(-0.5 * (reach / sigma_px[:, None].clamp(min=0.1)) ** 2, dim=1)  # [n, 13]
+    kernel = kernel.to(x.device, x.dtype).repeat_interleave(c, dim=0)[:, None, :, None]  # [n*c, 1, 13, 1]
     flat = F.pad(x.reshape(1, n * c, h, w), (6, 6, 6, 6), mode="reflect")
     return F.conv2d(F.conv2d(flat, kernel, groups=n * c), kernel.transpose(2, 3), groups=n * c).view(n, c, h, w)
 
@@ -995,8 +1041,10 @@ def autocontrast(x: Tensor, _: Tensor) -> Tensor:
 
 def equalise(x: Tensor, _: Tensor) -> Tensor:
     """Even out the histogram of each channel of each image."""
-    levels = ((x + 1) * 127.5).round().clamp(0, 255).long().flatten(2)                              # [n, 3, S*S]
-    counts = torch.zeros(*levels.shape[:2], 256, device=x.device).scatter_add_(2, levels, torch.ones_like(levels, dtype=torch.float))
+    levels = ((x + 1) * 127.5).round().clamp(0, 255).long().flatten(2)  # [n, 3, S*S]
+    counts = torch.zeros(*levels.shape[:2], 256, device=x.device).scatter_add_(
+        2, levels, torch.ones_like(levels, dtype=torch.float)
+    )
     return (counts.cumsum(2) / levels.shape[2] * 2 - 1).gather(2, levels).view_as(x)
 
 
@@ -1015,9 +1063,11 @@ def erase(x: Tensor, area: Tensor, generator: torch.Generator) -> Tensor:
     n, size = len(x), x.shape[-1]
     u = torch.rand(6, n, generator=generator).to(x.device)
     area, ratio = area.to(x.device), torch.exp((u[0] * 2 - 1) * math.log(2))
-    half_w, half_h = (area * ratio).sqrt() / 2, (area / ratio).sqrt() / 2                            # shares of the side
+    half_w, half_h = (area * ratio).sqrt() / 2, (area / ratio).sqrt() / 2  # shares of the side
     axis = (torch.arange(size, device=x.device) + 0.5) / size
-    inside = ((axis - u[1, :, None]).abs() < half_w[:, None])[:, None, :] & ((axis - u[2, :, None]).abs() < half_h[:, None])[:, :, None]
+    inside = ((axis - u[1, :, None]).abs() < half_w[:, None])[:, None, :] & ((axis - u[2, :, None]).abs() < half_h[:, None])[
+        :, :, None
+    ]
     return torch.where(inside[:, None], (u[3:].T * 2 - 1)[:, :, None, None], x)
 
 
@@ -1034,7 +1084,11 @@ def augment(images: Tensor, cfg: AugmentConfig, generator: torch.Generator) -> T
     for name, function in FILTERS.items():
         x = on_rows(x, s[name], lambda part, strength, function=function: function(part, strength))
     field_generator = torch.Generator(device).manual_seed(noise_seed)
-    x = on_rows(x, s["noise"], lambda part, sigma: part + per_image(sigma, part) * torch.randn(part.shape, generator=field_generator, device=device))
+    x = on_rows(
+        x,
+        s["noise"],
+        lambda part, sigma: part + per_image(sigma, part) * torch.randn(part.shape, generator=field_generator, device=device),
+    )
     x = on_rows(x, s["erase"], lambda part, area: erase(part, area, generator))
     return x.clamp_(-1, 1)
 
@@ -1092,7 +1146,7 @@ def demo_person(identity: int, seed: int) -> SimpleNamespace:
     person.iris_colour = rng.choice(DEMO_IRIS) + rng.normal(0, 8, 3)
     person.cut = rng.choice(["bald", *DEMO_CUTS], p=[0.08, 0.2, 0.16, 0.2, 0.2, 0.16])
     person.beard = rng.choice(["none", "full", "moustache", "goatee"], p=[0.64, 0.14, 0.11, 0.11])
-    marks = rng.choice([0, 1, 2, 24], p=[0.45, 0.25, 0.15, 0.15])        # a mole or two, or many freckles
+    marks = rng.choice([0, 1, 2, 24], p=[0.45, 0.25, 0.15, 0.15])  # a mole or two, or many freckles
     person.marks = rng.uniform((-0.6, 0.2), (0.6, 0.62 if marks == 24 else 1.1), (marks, 2))
     person.mark_size, person.mark_shade = (0.02, 0.78) if marks == 24 else (0.045, 0.5)
     person.curls = rng.uniform((-0.06, 0.2), (0.06, 0.34), (27, 2))
@@ -1113,7 +1167,7 @@ def demo_look(rng: np.random.Generator) -> SimpleNamespace:
 
 def lens(x: float, y: float, half: float, up: float, down: float, tilt: float = 0.0, power: float = 0.5) -> np.ndarray:
     """Points [26, 2] round what lies between two arcs over x - half .. x + half: an oval, or an eye with power 1."""
-    s = np.sin(np.linspace(-math.pi / 2, math.pi / 2, 13))               # dense where an oval is steep
+    s = np.sin(np.linspace(-math.pi / 2, math.pi / 2, 13))  # dense where an oval is steep
     arc, middle = np.clip(1 - s**2, 0, 1) ** power, y + tilt * half * s
     upper, lower = np.stack([x + half * s, middle - up * arc], 1), np.stack([x + half * s, middle + down * arc], 1)
     return np.concatenate([upper, lower[::-1]])
@@ -1212,7 +1266,7 @@ def draw_nose_and_mouth(pen: Pen, person: SimpleNamespace, look: SimpleNamespace
         pen.fill(lens(0, person.chin - 0.08, 0.25, person.chin - mouth - 0.2, 0.12), person.hair * 0.85)
     if person.beard in ("goatee", "moustache", "full"):
         pen.fill(lens(0, mouth - 0.02, half * 1.25, 0.16, -0.04, power=0.7), person.hair * 0.85)
-    low = look.smile + look.gape                                         # the middle of the lower lip's upper edge
+    low = look.smile + look.gape  # the middle of the lower lip's upper edge
     pen.fill(lens(0, mouth, half * 0.95, -look.smile, low, power=1), np.array((70, 22, 26)))
     pen.fill(lens(0, mouth, half * 0.8, -look.smile, min(low, look.smile + 0.06), power=1), np.array((235, 230, 222)))
     pen.fill(lens(0, mouth, half, person.lip_up - look.smile, look.smile + 0.01, power=1), person.lips * 0.9)
@@ -1258,7 +1312,7 @@ def draw_face(identity: int, variation: int, style: str, seed: int, size: int = 
     """
     rng = np.random.default_rng([seed, DEMO_PURPOSE[style], identity, variation])
     person, look = demo_person(identity, seed), demo_look(rng)
-    cells = 2 if style == "digiface" else 7                              # a plain gradient, or blobs of colour
+    cells = 2 if style == "digiface" else 7  # a plain gradient, or blobs of colour
     backdrop = rng.uniform(90, 150) + rng.normal(0, 6, 3) + rng.normal(0, 12, (cells, cells, 1))
     image = Image.fromarray(np.clip(backdrop, 0, 255).astype(np.uint8))
     image = image.resize((2 * size, 2 * size), Image.Resampling.BICUBIC)  # drawn twice as large, for smooth edges

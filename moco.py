@@ -93,7 +93,7 @@ class IResNet(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(previous * side * side, EMBEDDING_DIM)
         self.features = nn.BatchNorm1d(EMBEDDING_DIM)
-        self.features.weight.requires_grad = False               # the embedding's scale is fixed: only its direction counts
+        self.features.weight.requires_grad = False  # the embedding's scale is fixed: only its direction counts
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0, 0.1)
@@ -101,10 +101,10 @@ class IResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.input_size:
             x = F.interpolate(x, size=(self.input_size, self.input_size), mode="bilinear", antialias=True)
-        x = self.prelu(self.bn1(self.conv1(x)))                  # [B, C, S, S]
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))   # [B, 8C, S/16, S/16]
+        x = self.prelu(self.bn1(self.conv1(x)))  # [B, C, S, S]
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # [B, 8C, S/16, S/16]
         x = self.dropout(self.bn2(x))
-        return self.features(self.fc(x.flatten(1)))              # [B, 512]
+        return self.features(self.fc(x.flatten(1)))  # [B, 512]
 
 
 def iresnet18(**settings) -> IResNet:
@@ -150,7 +150,7 @@ def cosines(q: Tensor, k: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
 
 def cross_entropy_of(positive: Tensor, negative: Tensor, temperature: float, margin: float) -> Tensor:
     """Mean cross-entropy of picking the positive [B, 1] among itself, lowered by `margin`, and the negatives [B, K]."""
-    logits = torch.cat([positive - margin, negative], dim=1) / temperature      # [B, 1 + K]
+    logits = torch.cat([positive - margin, negative], dim=1) / temperature  # [B, 1 + K]
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
 
 
@@ -201,14 +201,14 @@ class MocoConfig:
 class StepOutput(NamedTuple):
     """What one step gives. All are tensors on the device; reading one waits for it."""
 
-    loss: Tensor            # []
-    keys: Tensor            # [B, D] unit rows, float32 ([2B, D] with the symmetric loss), to enqueue after backward
-    queue_ptr: Tensor       # [] where the next key goes
-    pos_sim: Tensor         # [] mean cosine of a query and its key
-    neg_sim: Tensor         # [] mean cosine of a query and the queue
-    neg_max: Tensor         # [] mean over the queries of their hardest negative's cosine
-    instance_top1: Tensor   # [] share of the queries whose key beats the whole queue
-    spread: Tensor          # [] of the queries: 1 is evenly spread over the sphere, 0 a collapse to one point
+    loss: Tensor  # []
+    keys: Tensor  # [B, D] unit rows, float32 ([2B, D] with the symmetric loss), to enqueue after backward
+    queue_ptr: Tensor  # [] where the next key goes
+    pos_sim: Tensor  # [] mean cosine of a query and its key
+    neg_sim: Tensor  # [] mean cosine of a query and the queue
+    neg_max: Tensor  # [] mean over the queries of their hardest negative's cosine
+    instance_top1: Tensor  # [] share of the queries whose key beats the whole queue
+    spread: Tensor  # [] of the queries: 1 is evenly spread over the sphere, 0 a collapse to one point
 
 
 class MoCo(nn.Module):
@@ -229,7 +229,7 @@ class MoCo(nn.Module):
         self.query = nn.Sequential()
         self.query.add_module("backbone", backbone)
         self.query.add_module("head", head)
-        self.key = copy.deepcopy(self.query).requires_grad_(False)       # a copy: head and statistics included
+        self.key = copy.deepcopy(self.query).requires_grad_(False)  # a copy: head and statistics included
         self.loss = loss
         self.guard, self.shuffle_groups, self.symmetric = guard, shuffle_groups, symmetric
         self.register_buffer("queue", torch.zeros(queue_size, head.dim))
@@ -246,7 +246,7 @@ class MoCo(nn.Module):
         if self.guard != "shuffle" or not self.training:
             return F.normalize(self.key(views).float())
         order = torch.randperm(len(views), generator=generator).to(views.device)
-        size = max(2, -(-len(views) // self.shuffle_groups))             # BatchNorm cannot normalise one image
+        size = max(2, -(-len(views) // self.shuffle_groups))  # BatchNorm cannot normalise one image
         groups = split_evenly(order, max(1, len(views) // size))
         keys = torch.cat([self.key(views[rows]).float() for rows in groups])
         return F.normalize(torch.empty_like(keys).index_copy_(0, order, keys))
@@ -256,15 +256,15 @@ class MoCo(nn.Module):
         pairs = [(view_q, view_k)] + ([(view_k, view_q)] if self.symmetric else [])
         losses, keys = [], []
         for for_query, for_key in pairs:
-            k = self.encode_keys(for_key, generator)                     # [B, D]
-            q = self.encode_queries(for_query)                           # [B, D]
-            with torch.autocast(q.device.type, enabled=False):           # in bf16 a logit at T = 0.07 is off by up to 0.03
-                positive, negative = cosines(q, k, self.queue)           # [B, 1], [B, K]
+            k = self.encode_keys(for_key, generator)  # [B, D]
+            q = self.encode_queries(for_query)  # [B, D]
+            with torch.autocast(q.device.type, enabled=False):  # in bf16 a logit at T = 0.07 is off by up to 0.03
+                positive, negative = cosines(q, k, self.queue)  # [B, 1], [B, K]
                 losses.append(cross_entropy_of(positive, negative, self.loss.temperature, self.loss.margin))
             keys.append(k)
         loss = torch.stack(losses).mean()
         with torch.no_grad():
-            hardest = negative.amax(dim=1, keepdim=True)                 # [B, 1]
+            hardest = negative.amax(dim=1, keepdim=True)  # [B, 1]
             return StepOutput(
                 loss=loss, keys=torch.cat(keys), queue_ptr=self.queue_ptr,
                 pos_sim=positive.mean(), neg_sim=negative.mean(), neg_max=hardest.mean(),
@@ -317,7 +317,7 @@ def calibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     usual = [m.momentum for m in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None                                             # None: cumulative average
+        norm.momentum = None  # None: cumulative average
     was_training = model.training
     model.train()
     for views in batches:
@@ -425,7 +425,7 @@ def _refuse_doubles(names: np.ndarray, keys: np.ndarray) -> None:
     twice = np.flatnonzero((names[1:] == names[:-1]) & (keys[1:] == keys[:-1]))
     if len(twice):
         raise ValueError(
-            f"enrol: {len(twice)} rows repeat an image, first {keys[twice[0]]!r} of identity {names[twice[0]]!r}: "
+            f"enrol: {len(twice)} rows repeat an image, first '{keys[twice[0]]}' of identity '{names[twice[0]]}': "
             "it could be enrolled and probed with at once; write each image once"
         )
 
@@ -483,7 +483,7 @@ def search(probes: np.ndarray, own: np.ndarray, gallery: Gallery, k: int = 20) -
 
     index = faiss.IndexFlatIP(gallery.vectors.shape[1])
     index.add(gallery.vectors)
-    width = min(k * int(np.bincount(gallery.owner).max()), index.ntotal)  # more than the gallery would bring back -1
+    width = min(k * int(np.bincount(gallery.owner).max()) + 1, index.ntotal)  # one more shows that place k has no tie
     found = []
     for start in range(0, len(probes), 4096):
         score, row = index.search(np.ascontiguousarray(probes[start : start + 4096], np.float32), width)
@@ -581,23 +581,31 @@ def verification(genuine: np.ndarray, impostors: np.ndarray, fars: list[float]) 
     Returns columns tar@<far>, auc, eer, and the threshold of each FAR, None where it is refused. Exact for scores on the grid;
     ties count half in the AUC. The impostors, and so the thresholds, are held fixed: intervals are those of the genuine side.
     """
+    if not impostors.any():
+        raise ValueError("verification: no impostor pairs, the gallery holds one identity; embed at least two")
     at = thresholds(impostors, fars)
     columns = {f"tar@{far:g}": is_match(genuine, at[far]) for far in fars if at[far] is not None}
     step, below = step_of(genuine), np.cumsum(impostors)
     columns["auc"] = (below[step] - impostors[step] / 2) / below[-1]
-    rate, crossing = equal_error(genuine, impostors)
+    rate, crossing, share = equal_error(genuine, impostors)
     missed = step < crossing
-    columns["eer"] = rate + missed - missed.mean()  # the mean is the interpolated rate, the spread that of the misses
+    columns["eer"] = rate + share * (missed - missed.mean())  # more misses move the crossing by a share of themselves
     return columns, at
 
 
-def equal_error(genuine: np.ndarray, impostors: np.ndarray) -> tuple[float, int]:
-    """The rate at which false matches and misses are equally frequent, on the line between points of the ROC, and its step."""
+def equal_error(genuine: np.ndarray, impostors: np.ndarray) -> tuple[float, int, float]:
+    """Where false matches and misses are equally frequent: the rate, on the line between points of the ROC, and its step.
+
+    Third, the share of a small rise of the miss rate by which that point rises: the two curves' slopes within 0.02 around it.
+    """
     false_match = 1 - np.concatenate([[0], np.cumsum(impostors)]) / impostors.sum()  # [2 GRID + 1] by step of the threshold
     missed = np.concatenate([[0], np.cumsum(np.bincount(step_of(genuine), minlength=2 * GRID))]) / len(genuine)
     at = int((missed >= false_match).argmax())  # at least 1: at step 0 all match
     before, after = false_match[at - 1] - missed[at - 1], missed[at] - false_match[at]
-    return float(missed[at - 1] + (missed[at] - missed[at - 1]) * before / (before + after)), at
+    rate = missed[at - 1] + (missed[at] - missed[at - 1]) * before / (before + after)
+    left, right = max(at - GRID // 50, 0), min(at + GRID // 50, 2 * GRID)
+    fall, rise = false_match[left] - false_match[right], missed[right] - missed[left]
+    return float(rate), at, float(fall / (fall + rise)) if fall + rise > 0 else 1.0
 
 
 def roc(genuine: np.ndarray, impostors: np.ndarray, points: int = 200) -> dict[str, np.ndarray]:
@@ -713,7 +721,7 @@ def rates(columns: Columns, identity: np.ndarray, seed: int, draws: int = 1000) 
     """The mean of each column, a rate in [0, 1], with its 95 % interval; rows of one identity [N] stand and fall together.
 
     Wilson's interval for as many independent trials as have the bootstrap's spread (Korn and Graubard 1998): it holds near 0
-    and 1, where percentiles of the draws cover 60 to 85 %. Where no probe is missed at all, each identity counts as one trial.
+    and 1, where percentiles of the draws may cover only 60 %. Where no probe is missed at all, each identity counts as one trial.
     """
     if not len(identity):
         raise ValueError("rates: no probes in this part; leave it out of the report or choose a larger one")
@@ -731,7 +739,7 @@ def wilson(rate: np.ndarray, trials: np.ndarray) -> tuple[np.ndarray, np.ndarray
     shrink = 1 + Z95**2 / trials
     middle = (rate + Z95**2 / (2 * trials)) / shrink
     half = Z95 * np.sqrt(rate * (1 - rate) / trials + (Z95 / (2 * trials)) ** 2) / shrink
-    return np.maximum(middle - half, 0), np.minimum(middle + half, 1)
+    return np.round(middle - half, 12).clip(0, 1), np.round(middle + half, 12).clip(0, 1)
 
 
 def differences(columns: Columns, base: Columns, identity: np.ndarray, seed: int, draws: int = 1000) -> dict[str, Rate]:
@@ -756,8 +764,8 @@ def geometry(embeddings: np.ndarray, identity: np.ndarray, seed: int, sample: in
     """Alignment, uniformity (Wang and Isola 2020, both with exponent 2) and effective rank (RankMe) of unit rows [N, D].
 
     alignment: mean squared distance of all genuine pairs, 0 is best, NaN if there is none. uniformity: log of the mean of
-    exp(-2 distance^2) over all pairs of `sample` rows drawn by seed; -4 is about the best. effective_rank: exp of the entropy of the
-    singular values, 1 to D, not centred, as in the paper. Rows stand in canonical order where the sample is to depend on nothing else.
+    exp(-2 distance^2) over all pairs of `sample` rows drawn by seed (from rows in canonical order, for a draw that does not
+    depend on the file's); -4 is about the best. effective_rank: exp of the entropy of the singular values, 1 to D, not centred.
     """
     order = np.argsort(identity, kind="stable")
     count = np.bincount(np.unique(identity, return_inverse=True)[1])

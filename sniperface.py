@@ -159,14 +159,16 @@ def load_config(raw: DictConfig) -> Config:
     try:
         plain = OmegaConf.to_container(raw, resolve=True)
         cfg: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
-    except Exception as error:                               # omegaconf's errors say the key in a line of their own
+    except Exception as error:  # omegaconf's errors say the key in a line of their own
         lines = [line.strip() for line in str(error).splitlines()]
         key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
         raise ValueError(f"{key}: {lines[0]}; see conf/config.yaml for the settings") from error
     check_ranges(cfg)
     points, shares = cfg.curriculum.progress, cfg.curriculum.digiface_share
     if len(points) != len(shares) or sorted(set(points)) != points or not all(0 <= v <= 1 for v in points + shares):
-        raise ValueError(f"curriculum.progress={points}, digiface_share={shares}: two lists of one length in 0..1, progress ascending")
+        raise ValueError(
+            f"curriculum.progress={points}, digiface_share={shares}: two lists of one length in 0..1, progress ascending"
+        )
     drawn_keys = cfg.train.batch_size * (2 if cfg.moco.symmetric else 1)
     if cfg.moco.queue_size < drawn_keys:
         raise ValueError(f"moco.queue_size={cfg.moco.queue_size}: must be >= {drawn_keys}, the keys of one step (train.batch_size)")
@@ -198,12 +200,13 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    has_bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()      # emulated, it is slower than fp32
+    has_bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()  # emulated, it is slower than fp32
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def describe_machine(device: torch.device) -> dict:
     """What else is needed to repeat a run: versions, commit, hardware."""
+
     def git(*words: str) -> str | None:
         done = subprocess.run(["git", "-C", str(CONF.parent), *words], capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else None
@@ -253,7 +256,9 @@ def read_split_table(cfg: Config, extend: bool = False) -> dataio.Splits:
     splits = dataio.read_identity_splits(path)
     made_with = {key: splits.note.get(key) for key in wanted}
     if made_with != wanted:
-        raise ValueError(f"{path} was made with {made_with}, asked for is {wanted}; set another split.out_dir, or the settings it was made with")
+        raise ValueError(
+            f"{path} was made with {made_with}, asked for is {wanted}; set another split.out_dir, or the settings it was made with"
+        )
     known = {identity: side for side, identities in splits.identities.items() for identity in identities}
     new = [identity for identity in found if identity not in known]
     if len(new) == len(found):
@@ -271,8 +276,8 @@ class Rows:
     """Where one side of the split is: for each source the files and the identities allowed in them (None: all)."""
 
     sources: dict[str, tuple[list[str], list[str] | None]]
-    table: str                  # hash of the split table
-    shards: bool                # materialised shards, which need no filter
+    table: str  # hash of the split table
+    shards: bool  # materialised shards, which need no filter
 
 
 def locate_rows(cfg: Config, side: str, shards: bool | None = None) -> Rows:
@@ -280,24 +285,32 @@ def locate_rows(cfg: Config, side: str, shards: bool | None = None) -> Rows:
     the data, filtered. Raises ValueError for shards of another side or split."""
     files = find_sources(cfg)
     notes = {source: dataio.read_metadata(paths[0]) for source, paths in files.items()}
-    if any("split" in note for note in notes.values()):                  # the globs name shards: their siblings are known
+    if any("split" in note for note in notes.values()):  # the globs name shards: their siblings are known
         folders = {source: paths[0].parent.parent.parent / side / paths[0].parent.name for source, paths in files.items()}
         tables = {note.get("table") for note in notes.values()}
         if len(tables) != 1:
-            raise ValueError(f"{sources_of(cfg)}: shards of different splits (tables {tables}); materialise both with one command=split")
+            raise ValueError(
+                f"{sources_of(cfg)}: shards of different splits (tables {tables}); materialise both with one command=split"
+            )
         if side == "train" and any(note.get("split") != "train" for note in notes.values()):
-            raise ValueError(f"{sources_of(cfg)}: shards of {[n.get('split') for n in notes.values()]} identities; train on .../train/...")
+            raise ValueError(
+                f"{sources_of(cfg)}: shards of {[n.get('split') for n in notes.values()]} identities; train on .../train/..."
+            )
         return Rows({s: (complete_shards(folder, tables.copy().pop()), None) for s, folder in folders.items()}, tables.pop(), True)
     splits = read_split_table(cfg)
     folders = {source: Path(cfg.split.out_dir) / side / source for source in files}
     if shards is not False and all(folder.is_dir() for folder in folders.values()):
-        indices = {s: dataio.build_index(list(map(str, paths)), splits.identities[side], cfg.data.columns) for s, paths in files.items()}
+        indices = {
+            s: dataio.build_index(list(map(str, paths)), splits.identities[side], cfg.data.columns) for s, paths in files.items()
+        }
         first = {s: dataio.read_metadata(dataio.find_files(str(folder / "*.parquet"))[0]) for s, folder in folders.items()}
         if all((first[s].get("table"), first[s].get("source")) == (splits.hash, indices[s].fingerprint) for s in files):
             return Rows({s: (complete_shards(folder, splits.hash), None) for s, folder in folders.items()}, splits.hash, True)
         log.warning("%s: materialised from other data or another split; not used", Path(cfg.split.out_dir) / side)
     if shards:
-        raise ValueError(f"{cfg.split.out_dir}: the run was started on materialised shards, which are not there any more; command=split makes them")
+        raise ValueError(
+            f"{cfg.split.out_dir}: the run was started on materialised shards, which are not there any more; command=split makes them"
+        )
     return Rows({s: (list(map(str, paths)), splits.identities[side]) for s, paths in files.items()}, splits.hash, False)
 
 
@@ -306,7 +319,9 @@ def complete_shards(folder: Path, table: str) -> list[str]:
     paths = dataio.find_files(str(folder / "*.parquet"))
     notes = [dataio.read_metadata(path) for path in paths]
     if any(note.get("table") != table or note.get("shards") != len(paths) for note in notes):
-        raise ValueError(f"{folder}: {len(paths)} shards, not the whole of split table {table}; delete the folder and run command=split")
+        raise ValueError(
+            f"{folder}: {len(paths)} shards, not the whole of split table {table}; delete the folder and run command=split"
+        )
     return list(map(str, paths))
 
 
@@ -387,7 +402,7 @@ def run_lock(folder: Path) -> Iterator[None]:
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint: tensors and plain values only, nothing in it is executed. Raises ValueError if it is damaged or foreign."""
     try:
-        with zipfile.ZipFile(path) as archive:               # torch writes a CRC for each record, and does not read it
+        with zipfile.ZipFile(path) as archive:  # torch writes a CRC for each record, and does not read it
             damaged = archive.testzip()
         if damaged:
             raise ValueError(f"record {damaged} does not match its checksum")
@@ -397,7 +412,7 @@ def load_checkpoint(path: Path) -> dict:
         return state
     except FileNotFoundError:
         raise
-    except Exception as error:                               # zipfile, pickle and torch raise a dozen types for damaged files
+    except Exception as error:  # zipfile, pickle and torch raise a dozen types for damaged files
         raise ValueError(f"{path}: cannot be used: {dataio.first_line(error)}") from error
 
 
@@ -412,7 +427,7 @@ def link(target: Path, name: Path) -> None:
             copy.write_bytes(target.read_bytes())
         return
     os.replace(temporary, name)
-    temporary.unlink(missing_ok=True)                        # a rename onto the same file does nothing at all
+    temporary.unlink(missing_ok=True)  # a rename onto the same file does nothing at all
     dataio.sync_folder(name.parent)
 
 
@@ -428,7 +443,9 @@ def latest_checkpoint(folder: Path) -> dict | None:
         except ValueError as error:
             log.error("%s; trying the one before", error)
     if paths and not usable:
-        raise ValueError(f"{folder}/checkpoints: none of {len(paths)} checkpoints can be read; delete the folder to train from scratch")
+        raise ValueError(
+            f"{folder}/checkpoints: none of {len(paths)} checkpoints can be read; delete the folder to train from scratch"
+        )
     return max(usable, key=lambda state: state["step"], default=None)
 
 
@@ -444,7 +461,7 @@ def check_same_run(saved: dict, cfg: Config, folder: Path) -> None:
     if changed:
         told = "; ".join(f"{key} was {was!r}, asked is {now!r}" for key, (was, now) in list(changed.items())[:6])
         words = [word for word in sys.argv[1:] if not word.startswith("run=")]
-        again = " ".join(["uv run python sniperface.py", *(f"'{w}'" if set(w) & set("*, ()[]{}\"") else w for w in words)])
+        again = " ".join(["uv run python sniperface.py", *(f"'{w}'" if set(w) & set('*, ()[]{}"') else w for w in words)])
         raise ValueError(f"{folder} holds another run: {told}.\nFor a new one: {again} run={free_run_name(folder)}")
 
 
@@ -505,7 +522,7 @@ class Training:
         self.model = build_model(cfg).to(device, memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.model, cfg.train, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
-        self.first_bad_step = torch.tensor(-1, device=device)        # of the loss; set on the device, so that no step waits
+        self.first_bad_step = torch.tensor(-1, device=device)  # of the loss; set on the device, so that no step waits
         self.monitor: dict[str, float] = {"untrained": math.nan, "last": math.nan, "best": math.inf}
         self.meta: dict[str, object] = {}
 
@@ -539,13 +556,13 @@ def fill_queue(training: Training, mix: dataio.CurriculumMixStream, schedule: da
     for step, images in enumerate(tqdm(batches, total=steps, desc="filling the queue", unit="batch", leave=False)):
         view_q, view_k = training.views(images, "fill", step)
         with torch.no_grad(), training.autocast():
-            if cfg.moco.guard == "eman" and step == 0:                   # cold statistics make worse keys than no guard at all
+            if cfg.moco.guard == "eman" and step == 0:  # cold statistics make worse keys than no guard at all
                 moco.calibrate_batchnorm(model.query, [view_q])
                 model.key.load_state_dict(model.query.state_dict())
             keys = model.encode_keys(view_k, draw(cfg.seed, "fill-shuffle", step))
         model.enqueue(keys[: cfg.moco.queue_size])
         filled += len(keys)
-    while filled < cfg.moco.queue_size:                                  # an epoch is shorter than the queue: say it twice
+    while filled < cfg.moco.queue_size:  # an epoch is shorter than the queue: say it twice
         model.enqueue(model.queue[: cfg.moco.queue_size - filled].clone())
         filled += min(filled, cfg.moco.queue_size - filled)
     model.queue_ptr.zero_()
@@ -562,7 +579,8 @@ class Monitor:
             name: dataclasses.replace(op, p=math.sqrt(op.p)) for name, op in vars(cfg.augment).items() if isinstance(op, dataio.Op)
         })  # fmt: skip
         self.parts = [
-            two_views(part.to(training.device), harder, draw(cfg.seed, "monitor", i)) for i, part in enumerate(images.split(cfg.train.batch_size))
+            two_views(part.to(training.device), harder, draw(cfg.seed, "monitor", i))
+            for i, part in enumerate(images.split(cfg.train.batch_size))
         ]
 
     @torch.no_grad()
@@ -597,14 +615,16 @@ def check_finite(training: Training) -> None:
     """Raise FloatingPointError if a loss was not finite; waits for the device."""
     bad = int(training.first_bad_step)
     if bad >= 0:
-        raise FloatingPointError(f"the loss of step {bad} is not finite; the last checkpoint is from before. Lower train.lr, or set train.amp=fp32")
+        raise FloatingPointError(
+            f"the loss of step {bad} is not finite; the last checkpoint is from before. Lower train.lr, or set train.amp=fp32"
+        )
 
 
 def start_log(path: Path, step: int, log_every: int) -> None:
     """Keep the lines of the log up to `step`; a line of an unplanned stop goes too, so that the log is that of an unbroken run."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):                  # the last line of a killed process may be half a line
+        with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed process may be half a line
             entry = json.loads(line)
             if entry["step"] < step or (entry["step"] == step and (step % log_every == 0 or "monitor_loss" in entry)):
                 lines.append(line + "\n")
@@ -632,7 +652,9 @@ def train(cfg: Config, folder: Path) -> float:
     with run_lock(folder):
         saved = None if cfg.train.resume == "never" else latest_checkpoint(folder)
         if cfg.train.resume == "never" and (folder / "train_log.jsonl").exists():
-            raise ValueError(f"{folder} holds a run and train.resume=never; set another run=, for instance run={free_run_name(folder)}")
+            raise ValueError(
+                f"{folder} holds a run and train.resume=never; set another run=, for instance run={free_run_name(folder)}"
+            )
         if cfg.train.resume == "must" and saved is None:
             raise FileNotFoundError(f"{folder}/checkpoints: nothing to resume, and train.resume=must")
         if saved:
@@ -647,7 +669,9 @@ def train(cfg: Config, folder: Path) -> float:
         if saved:
             changed = {key: (saved["meta"][key], now) for key, now in data.items() if saved["meta"][key] != now}
             if changed:
-                raise ValueError(f"{folder}: the data is not what the run was started on: {changed}; restore it, or set another run=")
+                raise ValueError(
+                    f"{folder}: the data is not what the run was started on: {changed}; restore it, or set another run="
+                )
             training.load_state_dict(saved)
             if training.step >= last_step:
                 log.info("%s: finished, %d steps; nothing to do", folder, training.step)
@@ -668,7 +692,12 @@ def train(cfg: Config, folder: Path) -> float:
 
 
 def run_steps(
-    training: Training, mix: dataio.CurriculumMixStream, schedule: dataio.Schedule, monitor: Monitor, last_step: int, folder: Path
+    training: Training,
+    mix: dataio.CurriculumMixStream,
+    schedule: dataio.Schedule,
+    monitor: Monitor,
+    last_step: int,
+    folder: Path,
 ) -> None:
     """The training loop: each line is one step of the paper."""
     cfg, model, optimizer, scaler = training.cfg, training.model.train(), training.optimizer, training.scaler
@@ -681,19 +710,19 @@ def run_steps(
             set_lr(optimizer, lr_at(step, schedule.total_steps, schedule.steps_per_epoch, cfg.train))
             momentum = moco.key_momentum_at(step / schedule.total_steps, cfg.moco.key_momentum, cfg.moco.key_momentum_schedule)
             with timer.waiting():
-                images = next(batches)                                   # uint8 [B, 3, 112, 112], on the device
-            view_q, view_k = training.views(images, "augment", step)     # float [B, 3, 112, 112] in [-1, 1]
+                images = next(batches)  # uint8 [B, 3, 112, 112], on the device
+            view_q, view_k = training.views(images, "augment", step)  # float [B, 3, 112, 112] in [-1, 1]
             torch.manual_seed(draw_seed(cfg.seed, "dropout", step))
             with training.autocast():
                 out = run_batch(view_q, view_k, draw(cfg.seed, "shuffle", step))
             scaler.scale(out.loss).backward()
             scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.query.parameters(), clip)      # after backward; inf only measures
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.query.parameters(), clip)  # after backward; inf only measures
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             model.update_key_encoder(momentum)
-            model.enqueue(out.keys)                                      # after backward: the queue needs no copy
+            model.enqueue(out.keys)  # after backward: the queue needs no copy
             bad = ~torch.isfinite(out.loss) & (training.first_bad_step < 0)
             training.first_bad_step = torch.where(bad, step + 1, training.first_bad_step)
             training.step = step + 1
@@ -715,6 +744,8 @@ def run_steps(
                 save_checkpoint(training, folder, epoch)
             elif stopping or (cfg.train.save_every_steps and training.step % cfg.train.save_every_steps == 0):
                 save_checkpoint(training, folder, None)
+            if in_epoch == 0 or stopping:
+                draw_training(folder)
             if stop.signal is not None:
                 log.warning("stopped at step %d, saved; the same command goes on from here", training.step)
                 raise SystemExit(128 + stop.signal)
@@ -731,7 +762,13 @@ class Timer:
     """Images a second and the share of the time that the step waited for data, since the last lap."""
 
     def __init__(self, batch_size: int):
-        self.batch_size, self.started, self.lap_started, self.waited, self.step = batch_size, time.perf_counter(), time.perf_counter(), 0.0, None
+        self.batch_size, self.started, self.lap_started, self.waited, self.step = (
+            batch_size,
+            time.perf_counter(),
+            time.perf_counter(),
+            0.0,
+            None,
+        )
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -751,7 +788,9 @@ class Timer:
         return figures
 
 
-def step_figures(training: Training, out: moco.StepOutput, grad_norm: Tensor, key_momentum: float, schedule: dataio.Schedule) -> dict:
+def step_figures(
+    training: Training, out: moco.StepOutput, grad_norm: Tensor, key_momentum: float, schedule: dataio.Schedule
+) -> dict:
     """What a line of the log says of a step; the only place of the loop that waits for the device."""
     cfg, step = training.cfg, training.step
     since = max(0, (step - 1) // cfg.train.log_every * cfg.train.log_every)
@@ -781,7 +820,7 @@ def draw_views(training: Training, mix: dataio.CurriculumMixStream, path: Path) 
     images = next(iter(mix.batches(0, 1, training.device, training.cfg.data.workers)))[:12]
     view_q, view_k = training.views(images, "augment", 0)
     rows = [images, *(((view + 1) * 127.5).round().to(torch.uint8) for view in (view_q, view_k))]
-    sheet = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)                          # [3, 3*S, 12*S]
+    sheet = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)  # [3, 3*S, 12*S]
     with write_whole(path) as temporary:
         Image.fromarray(sheet.permute(1, 2, 0).cpu().numpy()).save(temporary, "png")
     log.info("%s: pairs as the encoder will see them; a person should still tell who it is", path)
@@ -791,8 +830,8 @@ def draw_views(training: Training, mix: dataio.CurriculumMixStream, path: Path) 
 # embed
 # ---------------------------------------------------------------------------------------------------------------------
 
-Encoder = Callable[[Tensor], Tensor]        # uint8 [n, 3, S, S] -> unit rows float32 [n, D]
-REFERENCE_IMAGES = 4096                     # train images that the references are fitted on
+Encoder = Callable[[Tensor], Tensor]  # uint8 [n, 3, S, S] -> unit rows float32 [n, D]
+REFERENCE_IMAGES = 4096  # train images that the references are fitted on
 PCA_SIDE_PX, PCA_COMPONENTS = 32, 128
 
 
@@ -810,15 +849,18 @@ def backbone_encoder(backbone: nn.Module, device: torch.device, flip: bool) -> E
 
 def pca_encoder(images: Tensor) -> Encoder:
     """Whitened principal components of small grey pictures, fitted on `images` uint8 [n, 3, S, S] without labels (eigenfaces)."""
+
     def small_grey(images: Tensor) -> Tensor:
         grey = dataio.to_float(images).mul(torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
-        return F.interpolate(grey, size=(PCA_SIDE_PX, PCA_SIDE_PX), mode="bilinear", antialias=True).flatten(1).double()   # [n, side^2]
+        return (
+            F.interpolate(grey, size=(PCA_SIDE_PX, PCA_SIDE_PX), mode="bilinear", antialias=True).flatten(1).double()
+        )  # [n, side^2]
 
     fitted = torch.cat([small_grey(part) for part in images.split(512)])
     mean = fitted.mean(0)
     values, vectors = torch.linalg.eigh((fitted - mean).T @ (fitted - mean) / len(fitted))
     count = min(PCA_COMPONENTS, len(fitted) - 1)
-    basis = vectors[:, -count:] / values[-count:].clamp(min=1e-9).sqrt()                             # [side^2, count]
+    basis = vectors[:, -count:] / values[-count:].clamp(min=1e-9).sqrt()  # [side^2, count]
     return lambda images: F.normalize((small_grey(images) - mean) @ basis).float()
 
 
@@ -840,20 +882,38 @@ def find_checkpoint(cfg: Config, folder: Path) -> Path:
     path = Path(name) if name.endswith(".pt") else folder / "checkpoints" / f"{name}.pt"
     if not path.exists():
         there = ", ".join(sorted(p.stem for p in (folder / "checkpoints").glob("*.pt"))) or "none"
-        raise FileNotFoundError(f"{path}: no such checkpoint (embed.checkpoint={name}); in {folder}: {there}. command=train makes them")
+        raise FileNotFoundError(
+            f"{path}: no such checkpoint (embed.checkpoint={name}); in {folder}: {there}. command=train makes them"
+        )
     return path
 
 
 def settings_of(state: dict, cfg: Config, typed: set[str]) -> Config:
     """The checkpoint's settings, with data.*, split.*, embed.* and the like as typed. Raises ValueError for a typed contradiction."""
-    free = ("command", "run", "run_dir", "device", "data", "split", "embed", "eval", "experiment", "train.max_steps", "train.resume")
+    free = (
+        "command",
+        "run",
+        "run_dir",
+        "device",
+        "data",
+        "split",
+        "embed",
+        "eval",
+        "experiment",
+        "train.max_steps",
+        "train.resume",
+    )
     asked, saved = flat(dataclasses.asdict(cfg)), flat(state["config"])
     if any("${" in str(value) for value in saved.values()):
-        raise ValueError("the saved settings hold an interpolation, which this program never writes; do not use files of unknown origin")
+        raise ValueError(
+            "the saved settings hold an interpolation, which this program never writes; do not use files of unknown origin"
+        )
     merged = dict(saved)
     for key, value in asked.items():
         is_typed = any((key + ".").startswith(word + ".") for word in typed)
-        if key.split(".")[0] in ("embed", "eval", "report", "command", "run", "run_dir", "device") or (is_typed and any((key + ".").startswith(f + ".") for f in free)):
+        if key.split(".")[0] in ("embed", "eval", "report", "command", "run", "run_dir", "device") or (
+            is_typed and any((key + ".").startswith(f + ".") for f in free)
+        ):
             merged[key] = value
         elif is_typed and saved.get(key) != value and key not in NOT_THE_RESULT:
             raise ValueError(f"{key}={value}: the checkpoint was trained with {saved.get(key)}; leave it out, or train another run")
@@ -867,7 +927,9 @@ def settings_of(state: dict, cfg: Config, typed: set[str]) -> Config:
     return load_config(OmegaConf.create(nested))
 
 
-def decoded_batches(index: dataio.RowIndex, columns: dataio.Columns, cfg: Config, pool: ThreadPoolExecutor) -> Iterator[tuple[pa.Table, Tensor]]:
+def decoded_batches(
+    index: dataio.RowIndex, columns: dataio.Columns, cfg: Config, pool: ThreadPoolExecutor
+) -> Iterator[tuple[pa.Table, Tensor]]:
     """Rows in the order of the files with their pictures uint8 [n, 3, S, S]; broken ones are left out, named and counted."""
     bad, done = dataio.BadImages(cfg.data.max_bad_fraction, "it is left out"), 0
 
@@ -883,7 +945,7 @@ def decoded_batches(index: dataio.RowIndex, columns: dataio.Columns, cfg: Config
         stack = np.stack([*good.values()]) if good else np.empty((0, 1, 1, 3), np.uint8)
         return table.select(["identity_id", "image_filename"]).take(list(good)), torch.from_numpy(stack).permute(0, 3, 1, 2)
 
-    ahead: deque[tuple[pa.Table, Iterable]] = deque()                    # decoded by the pool while the encoder works
+    ahead: deque[tuple[pa.Table, Iterable]] = deque()  # decoded by the pool while the encoder works
     size, total = cfg.embed.batch_size, len(index.unit)
     for tables in dataio.cut(dataio.read_rows(index, columns), [min(size, total - start) for start in range(0, total, size)]):
         table = pa.concat_tables(tables)
@@ -943,7 +1005,9 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     model.load_state_dict(state["model"])
     rows = None if cfg.embed.test_glob else locate_rows(cfg, cfg.embed.split, shards=state["meta"]["shards"] or None)
     if rows and rows.table != state["meta"]["table"]:
-        raise ValueError(f"{path} was trained with split table {state['meta']['table']}, {cfg.split.out_dir} has {rows.table}: its test identities may have been trained on")
+        raise ValueError(
+            f"{path} was trained with split table {state['meta']['table']}, {cfg.split.out_dir} has {rows.table}: its test identities may have been trained on"
+        )
     indices = embedded_indices(cfg, rows)
     out = folder / cfg.embed.out
     encoders = {out: backbone_encoder(model.query.backbone, device, cfg.embed.flip)}
@@ -957,7 +1021,14 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     names = [fingerprint, f"untrained seed {cfg.seed}", f"pca {PCA_COMPONENTS} of {PCA_SIDE_PX} px"]
     notes = {file: note | {"checkpoint": name} for file, name in zip(encoders, names, strict=False)}
     count = write_embeddings(encoders, indices, cfg, notes)
-    log.info("%s: %d vectors of %s (step %d), %s", out, count, path, state["step"], "with references" if cfg.embed.references else "no references")
+    log.info(
+        "%s: %d vectors of %s (step %d), %s",
+        out,
+        count,
+        path,
+        state["step"],
+        "with references" if cfg.embed.references else "no references",
+    )
 
 
 def reference_path(embeddings: Path, name: str) -> Path:
@@ -973,18 +1044,18 @@ def reference_path(embeddings: Path, name: str) -> Path:
 class Embeddings(NamedTuple):
     """One embeddings file in memory, rows in the file's order."""
 
-    names: np.ndarray        # str [N], the identity
-    keys: np.ndarray         # str [N], source and file name of the picture
-    sources: np.ndarray      # str [N]
-    vectors: np.ndarray      # float32 [N, D], unit rows
-    note: dict               # what `embed` noted of checkpoint, split and data; empty for a foreign file
+    names: np.ndarray  # str [N], the identity
+    keys: np.ndarray  # str [N], source and file name of the picture
+    sources: np.ndarray  # str [N]
+    vectors: np.ndarray  # float32 [N, D], unit rows
+    note: dict  # what `embed` noted of checkpoint, split and data; empty for a foreign file
 
 
 class Measured(NamedTuple):
     """The figures of one encoder, and what the pictures need besides."""
 
-    figures: dict            # as in metrics.json
-    cmc: list[moco.Rate]     # [20]
+    figures: dict  # as in metrics.json
+    cmc: list[moco.Rate]  # [20]
     roc: dict[str, np.ndarray]
     found: moco.Found
     thresholds: dict[float, float | None]
@@ -994,7 +1065,9 @@ def find_embeddings(name: str, folder: Path) -> Path:
     """In the run's folder first, then where the user stands."""
     path = next((path for path in (folder / name, Path(name)) if path.is_file()), None)
     if path is None:
-        raise FileNotFoundError(f"{folder / name}: no such file, nor {Path(name).absolute()}; command=embed writes it, or set eval.embeddings")
+        raise FileNotFoundError(
+            f"{folder / name}: no such file, nor {Path(name).absolute()}; command=embed writes it, or set eval.embeddings"
+        )
     log.info("measuring %s", path)
     return path
 
@@ -1005,7 +1078,9 @@ def read_embeddings(path: Path) -> Embeddings:
     missing = {"identity_id", "image_filename", "embedding"} - set(parquet.schema_arrow.names)
     kind = None if missing else parquet.schema_arrow.field("embedding").type
     if missing or not pa.types.is_fixed_size_list(kind) or kind.value_type != pa.float32():
-        raise ValueError(f"{path}: needs identity_id, image_filename and embedding fixed_size_list<float32>, found {parquet.schema_arrow.names} ({kind})")
+        raise ValueError(
+            f"{path}: needs identity_id, image_filename and embedding fixed_size_list<float32>, found {parquet.schema_arrow.names} ({kind})"
+        )
     table = parquet.read()
     column = table["embedding"].combine_chunks()
     if column.null_count or column.flatten().null_count:
@@ -1017,20 +1092,31 @@ def read_embeddings(path: Path) -> Embeddings:
         return np.array(dataio.as_strings(table[name], path, name).to_pylist())
 
     sources = strings("source") if "source" in table.column_names else np.full(len(table), "file")
-    return Embeddings(strings("identity_id"), np.char.add(np.char.add(sources, "/"), strings("image_filename")), sources, vectors, dataio.read_metadata(path))
+    return Embeddings(
+        strings("identity_id"),
+        np.char.add(np.char.add(sources, "/"), strings("image_filename")),
+        sources,
+        vectors,
+        dataio.read_metadata(path),
+    )
 
 
 def check_provenance(path: Path, note: dict) -> None:
     """Say what cannot be known of a foreign file. Raises ValueError for vectors of people who were trained on."""
     if not note:
-        log.warning("%s: not written by embed: nobody can tell here whether its identities were trained on, nor by which checkpoint it was made", path)
+        log.warning(
+            "%s: not written by embed: nobody can tell here whether its identities were trained on, nor by which checkpoint it was made",
+            path,
+        )
     if note.get("trained_on"):
         raise ValueError(f"{path}: {note['trained_on']} of its identities were trained on; measure unseen ones")
 
 
 def figures_of(rates: dict[str, moco.Rate]) -> dict[str, object]:
     """{"rank1": Rate} -> {"rank1": 0.5, "rank1_ci": [0.4, 0.6]}"""
-    return {key: value for name, rate in rates.items() for key, value in ((name, rate.value), (f"{name}_ci", [rate.low, rate.high]))}
+    return {
+        key: value for name, rate in rates.items() for key, value in ((name, rate.value), (f"{name}_ci", [rate.low, rate.high]))
+    }
 
 
 def closed_set_rates(data: Embeddings, cfg: EvalConfig, per_id: int, seed: int) -> dict[str, moco.Rate]:
@@ -1089,15 +1175,22 @@ def pair_figures(data: Embeddings, cfg: EvalConfig) -> dict:
     sides = [table[f"image_filename_{side}"].to_pylist() for side in "ab"]
     unknown = {name for side in sides for name in side if name not in row_of}
     if unknown or len(row_of) < len(files):
-        what = f"{len(unknown)} of its pictures, such as {sorted(unknown)[:1]}, have no embedding" if unknown else "file names stand twice in the embeddings"
+        what = (
+            f"{len(unknown)} of its pictures, such as {sorted(unknown)[:1]}, have no embedding"
+            if unknown
+            else "file names stand twice in the embeddings"
+        )
         raise ValueError(f"{cfg.pairs}: {what}; embed the benchmark's own pictures by embed.test_glob")
     a, b = ([row_of[name] for name in side] for side in sides)
     score = np.einsum("nd,nd->n", data.vectors[a], data.vectors[b])
     same, fold = table["same"].to_numpy().astype(bool), table["fold"].to_numpy()
     found = moco.pair_accuracy(score, same, fold)
-    at = moco.thresholds(moco.count_scores(score[~same]), cfg.fars)
-    tar = {f"tar@{far:g}": float(moco.is_match(score[same], t).mean()) for far, t in at.items() if t is not None}
-    return {"pairs": len(score), "accuracy": found.mean, "standard_error": found.standard_error, **tar, "refused": [f"tar@{far:g}" for far, t in at.items() if t is None]}
+    columns, threshold = moco.verification(score[same], moco.count_scores(score[~same]), cfg.fars)
+    return {
+        "pairs": len(score), "accuracy": found.mean, "standard_error": found.standard_error,
+        **{name: float(column.mean()) for name, column in columns.items()},
+        "refused": [f"tar@{far:g}" for far, at in threshold.items() if at is None],
+    }  # fmt: skip
 
 
 def read_references(path: Path, data: Embeddings) -> dict[str, Embeddings]:
@@ -1125,14 +1218,17 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
     encoders = {"trained": data, **read_references(path, data)}
     measured = {name: measure(encoder, drawn, cfg.eval) for name, encoder in encoders.items()}
     ours, people = measured["trained"], drawn.identity[drawn.probes]
+    canonical = np.lexsort((data.keys, data.names))  # so that the order of the file decides nothing
     gallery = len(np.unique(drawn.identity[drawn.enrolled]))
-    draws = [closed_set_rates(data, cfg.eval, cfg.eval.enroll_per_id, cfg.eval.seed + n)["rank1"].value for n in range(cfg.eval.repeats)]
+    draws = [
+        closed_set_rates(data, cfg.eval, cfg.eval.enroll_per_id, cfg.eval.seed + n)["rank1"].value for n in range(cfg.eval.repeats)
+    ]
     sweep = [n for n in cfg.eval.enroll_sweep if n <= np.bincount(drawn.identity).max() - 1]
     metrics = {
         **ours.figures,
         "identities": gallery, "gallery": gallery, "probes": len(drawn.probes), "distractors": drawn.distractors, "chance_rank1": 1 / gallery,
         "enroll_per_id": cfg.eval.enroll_per_id, "template": cfg.eval.template, "seed": cfg.eval.seed, "embeddings": str(path),
-        "made_from": data.note, "geometry": moco.geometry(data.vectors, drawn.identity, cfg.eval.seed),
+        "made_from": data.note, "geometry": moco.geometry(data.vectors[canonical], drawn.identity[canonical], cfg.eval.seed),
         "enrolment_draws": {"draws": len(draws), "rank1_mean": float(np.mean(draws)), "rank1_std": float(np.std(draws, ddof=1)) if len(draws) > 1 else None},
         "per_source": {
             source: figures_of(moco.rates({f"rank{k}": ours.found.rank[here] <= k for k in cfg.eval.top_k}, people[here], cfg.eval.seed, cfg.eval.bootstrap))
@@ -1175,7 +1271,7 @@ def results_table(metrics: dict, measured: dict[str, Measured], cfg: EvalConfig)
 # Pictures and reports
 # ---------------------------------------------------------------------------------------------------------------------
 
-STYLES = ("-", "--", ":", "-.")              # told apart in black and white
+STYLES = ("-", "--", ":", "-.")  # told apart in black and white
 GREYS = ("black", "#555555", "#888888", "#aaaaaa")
 
 
@@ -1222,7 +1318,15 @@ def draw_training(folder: Path) -> None:
         for panel, (unit, names) in zip(axes.flat, panels, strict=True):
             for style, name in enumerate(names):
                 there = [line for line in lines if name in line]
-                curve(panel, [line["step"] for line in there], [line[name] for line in there], name, style, xlabel="step", ylabel=unit)
+                curve(
+                    panel,
+                    [line["step"] for line in there],
+                    [line[name] for line in there],
+                    name,
+                    style,
+                    xlabel="step",
+                    ylabel=unit,
+                )
 
 
 def draw_results(
@@ -1236,13 +1340,37 @@ def draw_results(
         ranks = np.arange(1, 21)
         for style, (name, found) in enumerate(measured.items()):
             band = ([rate.low for rate in found.cmc], [rate.high for rate in found.cmc])
-            curve(axes[0, 0], ranks, [rate.value for rate in found.cmc], name, style, band, xlabel="rank", ylabel="share of probes found", ylim=(0, 1))
+            curve(
+                axes[0, 0],
+                ranks,
+                [rate.value for rate in found.cmc],
+                name,
+                style,
+                band,
+                xlabel="rank",
+                ylabel="share of probes found",
+                ylim=(0, 1),
+            )
         curve(axes[0, 0], ranks, np.minimum(1, ranks / metrics["gallery"]), "chance", 3)
         axes[0, 0].set_xticks([1, 5, 10, 15, 20])
     with picture(plots / "roc.png") as axes:
         for style, (name, found) in enumerate(measured.items()):
-            curve(axes[0, 0], found.roc["far"], found.roc["tar"], name, style, xlabel="false accept rate", ylabel="true accept rate", xscale="log", ylim=(0, 1))
-            marks = [(float(key[4:]), value, found.figures[key + "_ci"]) for key, value in found.figures.items() if key.startswith("tar@") and not key.endswith("_ci")]
+            curve(
+                axes[0, 0],
+                found.roc["far"],
+                found.roc["tar"],
+                name,
+                style,
+                xlabel="false accept rate",
+                ylabel="true accept rate",
+                xscale="log",
+                ylim=(0, 1),
+            )
+            marks = [
+                (float(key[4:]), value, found.figures[key + "_ci"])
+                for key, value in found.figures.items()
+                if key.startswith("tar@") and not key.endswith("_ci")
+            ]
             for far, tar, (low, high) in marks:
                 axes[0, 0].plot([far, far], [low, high], color=GREYS[style], linewidth=3, alpha=0.4)
                 axes[0, 0].plot([far], [tar], "o", color=GREYS[style], markersize=3)
@@ -1250,7 +1378,7 @@ def draw_results(
         curve(axes[0, 0], far, far, "chance", 3)
     with picture(plots / "similarity.png", width=6) as axes:
         found = measured["trained"]
-        edges = found.roc["edge"][::8]                                   # bins of 0.04
+        edges = found.roc["edge"][::8]  # bins of 0.04
         middle = (edges[:-1] + edges[1:]) / 2
         for style, name in enumerate(("genuine", "impostors")):
             counts = found.roc[name].reshape(-1, 8).sum(axis=1)
@@ -1267,14 +1395,18 @@ def draw_results(
 def draw_neighbours(cfg: Config, path: Path, data: Embeddings, drawn: moco.Enrolment, found: Measured) -> None:
     """Probes with their five nearest templates, each shown by its first enrolled picture: worst mistakes first, then some that are right."""
     if cfg.eval.template != "centroid":
-        return                                                           # a row of the gallery is not an identity then
+        return  # a row of the gallery is not an identity then
     codes, first = np.unique(drawn.identity[drawn.enrolled], return_index=True)
-    margin = found.found.score[:, 0] - np.einsum("nd,nd->n", data.vectors[drawn.probes], data.vectors[drawn.enrolled[first]][np.searchsorted(codes, drawn.identity[drawn.probes])])
+    margin = found.found.score[:, 0] - np.einsum(
+        "nd,nd->n",
+        data.vectors[drawn.probes],
+        data.vectors[drawn.enrolled[first]][np.searchsorted(codes, drawn.identity[drawn.probes])],
+    )
     order = np.argsort(np.where(found.found.rank > 1, -margin, np.inf), kind="stable")
     wrong = int((found.found.rank > 1).sum())
     shown = np.concatenate([order[: min(6, wrong)], order[wrong : wrong + 2]])
-    nearest = found.found.row[shown, : min(5, len(codes))]                                            # [8, 5]
-    rows = np.concatenate([drawn.probes[shown][:, None], drawn.enrolled[first][nearest]], axis=1)     # [8, 6] of the file
+    nearest = found.found.row[shown, : min(5, len(codes))]  # [8, 5]
+    rows = np.concatenate([drawn.probes[shown][:, None], drawn.enrolled[first][nearest]], axis=1)  # [8, 6] of the file
     pictures = find_pictures(cfg, {(data.sources[row], data.keys[row].split("/", 1)[1], data.names[row]) for row in rows.ravel()})
     if pictures is None:
         log.info("no neighbours.png: the pictures of these embeddings are not where the settings say")
@@ -1298,10 +1430,17 @@ def find_pictures(cfg: Config, wanted: set[tuple[str, str, str]]) -> dict | None
         found = {}
         for source, (index, columns) in indices.items():
             for table in dataio.read_rows(index, columns):
-                names = zip(itertools.repeat(source), table["image_filename"].to_pylist(), table["identity_id"].to_pylist(), strict=False)
+                names = zip(
+                    itertools.repeat(source),
+                    table["image_filename"].to_pylist(),
+                    table["identity_id"].to_pylist(),
+                    strict=False,
+                )
                 for i, key in enumerate(names):
                     if key in wanted:
-                        found[key] = dataio.decode_image(table["image_bytes"][i].as_buffer(), cfg.data.image_size, cfg.data.max_image_pixels)
+                        found[key] = dataio.decode_image(
+                            table["image_bytes"][i].as_buffer(), cfg.data.image_size, cfg.data.max_image_pixels
+                        )
         return found if wanted <= found.keys() else None
     except (ValueError, OSError):
         return None
@@ -1309,11 +1448,16 @@ def find_pictures(cfg: Config, wanted: set[tuple[str, str, str]]) -> dict | None
 
 def write_report(cfg: Config, folder: Path, metrics: dict, table: str) -> None:
     """report.md: figures and pictures of a run on one page, from the template conf/templates/report.md."""
+
     def rows(figures: dict) -> str:
         names = [name for name in figures if f"{name}_ci" in figures]
-        return "\n".join(f"| {name} | {figures[name]:.4f} | {figures[name + '_ci'][0]:.4f} to {figures[name + '_ci'][1]:.4f} |" for name in names)
+        return "\n".join(
+            f"| {name} | {figures[name]:.4f} | {figures[name + '_ci'][0]:.4f} to {figures[name + '_ci'][1]:.4f} |" for name in names
+        )
 
-    pictures = [name for name in ("cmc", "roc", "similarity", "neighbours", "train", "views") if (folder / "plots" / f"{name}.png").exists()]
+    pictures = [
+        name for name in ("cmc", "roc", "similarity", "neighbours", "train", "views") if (folder / "plots" / f"{name}.png").exists()
+    ]
     values = {
         "run": folder.name, "table": table, "figures": rows(metrics), "open_set": rows(metrics["open_set"]) or "| none | | |",
         "refused": ", ".join(metrics["refused"] + metrics["open_set"].get("refused", [])) or "none",
@@ -1334,7 +1478,9 @@ def report(cfg: Config, pattern: str) -> None:
     if not runs:
         raise FileNotFoundError(f"report.runs={pattern}: no run there (a folder with config.yaml)")
     settings = [flat(OmegaConf.to_container(OmegaConf.load(run / "config.yaml"), resolve=False)) for run in runs]
-    varied = sorted(key for key in settings[0] if key not in ("run", "run_dir", "command") and len({str(s.get(key)) for s in settings}) > 1)
+    varied = sorted(
+        key for key in settings[0] if key not in ("run", "run_dir", "command") and len({str(s.get(key)) for s in settings}) > 1
+    )
     metrics = [json.loads((run / cfg.eval.out).read_text()) if (run / cfg.eval.out).exists() else {} for run in runs]
     rows = []
     for run, setting, figures in zip(runs, settings, metrics, strict=True):
@@ -1351,9 +1497,30 @@ def report(cfg: Config, pattern: str) -> None:
         with picture(out / "curves.png", 1, 2) as axes:
             for style, (run, figures) in enumerate(zip(runs, metrics, strict=True)):
                 name = ", ".join(f"{key.split('.')[-1]}={s}" for key in varied[:3] if (s := rows[style][key])) or run.name
-                lines = [json.loads(line) for line in (run / "train_log.jsonl").read_text().splitlines()] if (run / "train_log.jsonl").exists() else []
-                curve(axes[0, 0], [line["step"] for line in lines], [line["loss"] for line in lines], name, style, xlabel="step", ylabel="loss [nats]")
-                curve(axes[0, 1], range(1, 1 + len(figures.get("cmc", []))), figures.get("cmc", []), name, style, xlabel="rank", ylabel="share of probes found", ylim=(0, 1))
+                lines = (
+                    [json.loads(line) for line in (run / "train_log.jsonl").read_text().splitlines()]
+                    if (run / "train_log.jsonl").exists()
+                    else []
+                )
+                curve(
+                    axes[0, 0],
+                    [line["step"] for line in lines],
+                    [line["loss"] for line in lines],
+                    name,
+                    style,
+                    xlabel="step",
+                    ylabel="loss [nats]",
+                )
+                curve(
+                    axes[0, 1],
+                    range(1, 1 + len(figures.get("cmc", []))),
+                    figures.get("cmc", []),
+                    name,
+                    style,
+                    xlabel="rank",
+                    ylabel="share of probes found",
+                    ylim=(0, 1),
+                )
     log.info("%s: %d runs", out / "table.csv", len(runs))
 
 
@@ -1408,10 +1575,10 @@ def main(raw: DictConfig) -> float | None:
         with logging_redirect_tqdm():
             objective = COMMANDS[cfg.command](cfg, folder, typed_keys(HydraConfig.get().overrides.task))
             if HydraConfig.get().mode == RunMode.MULTIRUN and cfg.command in ("train", "eval", "all"):
-                report(cfg, str(folder.parent / "*"))                    # so a sweep ends with its table
+                report(cfg, str(folder.parent / "*"))  # so a sweep ends with its table
             return objective
     except Exception:
-        log.debug("failed", exc_info=True)                               # for log.txt: the terminal gets one line
+        log.debug("failed", exc_info=True)  # for log.txt: the terminal gets one line
         raise
 
 
@@ -1425,7 +1592,7 @@ def in_short(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    os.environ["HYDRA_FULL_ERROR"] = "1"                                 # so that Hydra's own refusals arrive below as exceptions
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra's own refusals arrive below as exceptions
     try:
         main()
     except (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException) as error:

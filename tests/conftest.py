@@ -1,6 +1,7 @@
 """Shared by all tests: pictures that carry their number, parquet files made from rows, a folder of demo faces."""
 
 import io
+import os
 import threading
 from pathlib import Path
 
@@ -8,12 +9,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 import dataio
 
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: they are too small to share among cores
+torch.set_num_threads(1)
+
 TEXT, BINARY = pa.string(), pa.binary()
-SIDE = 16                                                                # of the numbered pictures
+SIDE = 16  # of the numbered pictures
 
 
 def encode(picture, kind: str = "png", **options) -> bytes:

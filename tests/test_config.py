@@ -24,7 +24,9 @@ def settings(*overrides):
 
 def command(*words, cwd):
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, ROOT / "sniperface.py", *words], capture_output=True, text=True, cwd=cwd, env=env, check=False)
+    return subprocess.run(
+        [sys.executable, ROOT / "sniperface.py", *words], capture_output=True, text=True, cwd=cwd, env=env, check=False
+    )
 
 
 @pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: path.stem)
@@ -32,7 +34,7 @@ def test_every_key_is_explained_on_its_line(path):
     silent = []
     for line in path.read_text().splitlines():
         sets_a_value = re.match(r"\s*[\w.]+: *[^#\s]", line) and not line.strip().startswith("#")
-        in_a_recipe = path.parent.name == "experiment"            # a recipe's keys are explained in config.yaml
+        in_a_recipe = path.parent.name == "experiment"  # a recipe's keys are explained in config.yaml
         if sets_a_value and not in_a_recipe and not re.search(r"#\s*\S", line):
             silent.append(line)
     assert not silent
@@ -57,7 +59,9 @@ def test_an_experiment_changes_nothing_that_it_does_not_name():
     plain, recipe = (flat(sniperface.dataclasses.asdict(settings(*words))) for words in ((), ("experiment=usynthface",)))
     changed = {key for key in plain if plain[key] != recipe[key]}
     assert {"run", "run_dir", "train.epochs", "train.amp"} <= changed
-    assert all(key.split(".")[0] in ("run", "run_dir", "augment", "curriculum") or key in ("train.epochs", "train.amp") for key in changed)
+    assert all(
+        key.split(".")[0] in ("run", "run_dir", "augment", "curriculum") or key in ("train.epochs", "train.amp") for key in changed
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,7 +86,9 @@ def test_a_wrong_value_names_the_key_what_was_given_and_what_is_allowed(override
     assert len(str(caught.value).splitlines()) <= 2
 
 
-@pytest.mark.parametrize("words", [["train.lrr=1"], ["+train.lrr=1"], ["train.lr=fast"], ["experiment=dmeo"], ["backbone=big"], ["train.lr=-1"]])
+@pytest.mark.parametrize(
+    "words", [["train.lrr=1"], ["+train.lrr=1"], ["train.lr=fast"], ["experiment=dmeo"], ["backbone=big"], ["train.lr=-1"]]
+)
 def test_the_command_line_refuses_a_mistake_in_few_lines_without_a_traceback(words, tmp_path):
     done = command(*words, cwd=tmp_path)
     assert done.returncode == 1
