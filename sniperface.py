@@ -735,7 +735,7 @@ def run_steps(
                 entry["monitor_loss"] = training.monitor["last"] = round(monitor.measure(training), 6)
                 training.monitor["best"] = min(training.monitor["best"], training.monitor["last"])
             if training.step % cfg.train.log_every == 0 or in_epoch == 0 or stopping:
-                entry = step_figures(training, out, grad_norm, momentum, schedule) | timer.lap(training.step) | entry
+                entry = step_figures(training, out, grad_norm, momentum, schedule) | timer.lap() | entry
                 log_file.write(json.dumps(entry) + "\n")
                 log_file.flush()
                 bar.set_postfix(loss=f"{entry['loss']:.3f}", top1=f"{entry['instance_top1']:.2f}", wait=f"{entry['data_wait']:.0%}")
@@ -744,7 +744,7 @@ def run_steps(
                 save_checkpoint(training, folder, epoch)
             elif stopping or (cfg.train.save_every_steps and training.step % cfg.train.save_every_steps == 0):
                 save_checkpoint(training, folder, None)
-            if in_epoch == 0 or stopping:
+            if stopping or (in_epoch == 0 and timer.is_time_to_draw()):
                 draw_training(folder)
             if stop.signal is not None:
                 log.warning("stopped at step %d, saved; the same command goes on from here", training.step)
@@ -762,22 +762,24 @@ class Timer:
     """Images a second and the share of the time that the step waited for data, since the last lap."""
 
     def __init__(self, batch_size: int):
-        self.batch_size, self.started, self.lap_started, self.waited, self.step = (
-            batch_size,
-            time.perf_counter(),
-            time.perf_counter(),
-            0.0,
-            None,
-        )
+        self.batch_size, self.steps, self.waited = batch_size, 0, 0.0
+        self.started = self.lap_started = self.drawn = time.perf_counter()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
-        self.steps = getattr(self, "steps", 0) + 1
+        self.steps += 1
 
-    def lap(self, step: int) -> dict[str, float]:
+    def is_time_to_draw(self) -> bool:
+        """Once in half a minute at most, so that short epochs are not spent on drawing."""
+        now = time.perf_counter()
+        due = now - self.drawn > 30
+        self.drawn = now if due else self.drawn
+        return due
+
+    def lap(self) -> dict[str, float]:
         now = time.perf_counter()
         passed = now - self.lap_started
         figures = {
@@ -995,6 +997,17 @@ def embedded_indices(cfg: Config, rows: Rows | None) -> dict[str, tuple[dataio.R
     return {source: (dataio.build_index(globs, allowed, columns), columns) for source, (globs, allowed) in rows.sources.items()}
 
 
+def count_trained_on(cfg: Config, table: str) -> int | None:
+    """How many identities of embed.test_glob are on the train side of the run's split table; None where the table is not there."""
+    path = Path(cfg.split.out_dir) / "identity_splits.parquet"
+    splits = dataio.read_identity_splits(path) if path.exists() else None
+    if splits is None or splits.hash != table:
+        log.warning("%s is not the split table of this checkpoint: nobody can tell whether these identities were trained on", path)
+        return None
+    found = dataio.collect_unique_identities(cfg.embed.test_glob, cfg.data.columns)
+    return len(set(found) & {*splits.identities["train"], *splits.identities["val"]})
+
+
 def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     """Write the frozen encoder's vectors of unseen identities, and those of the references beside them."""
     device = pick_device(cfg.device)
@@ -1016,6 +1029,7 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     note = {
         "table": state["meta"]["table"], "split": cfg.embed.split if rows else None, "step": state["step"], "flip": cfg.embed.flip,
         "data": [index.fingerprint for index, _ in indices.values()],
+        "trained_on": 0 if rows else count_trained_on(cfg, state["meta"]["table"]),
     }  # fmt: skip
     fingerprint = dataio.digest(*(f"{name} {value.double().sum().item()}" for name, value in state["model"].items()))
     names = [fingerprint, f"untrained seed {cfg.seed}", f"pca {PCA_COMPONENTS} of {PCA_SIDE_PX} px"]
@@ -1109,7 +1123,10 @@ def check_provenance(path: Path, note: dict) -> None:
             path,
         )
     if note.get("trained_on"):
-        raise ValueError(f"{path}: {note['trained_on']} of its identities were trained on; measure unseen ones")
+        raise ValueError(
+            f"{path}: {note['trained_on']} of its identities were trained on; measure unseen ones. If they are other people with the "
+            "same names, rename them in the files"
+        )
 
 
 def figures_of(rates: dict[str, moco.Rate]) -> dict[str, object]:
@@ -1582,6 +1599,11 @@ def main(raw: DictConfig) -> float | None:
         raise
 
 
+def folder_name(overrides: str) -> str:
+    """The name of a sweep's job folder: its overrides, cut and numbered by their hash where a disk would refuse the length."""
+    return overrides if len(overrides.encode()) <= 150 else f"{overrides[:120]}_{dataio.digest(overrides)}"
+
+
 def in_short(error: Exception) -> str:
     """What went wrong, without Hydra's search path and without its advice to add an unknown key by force."""
     if not isinstance(error, HydraException | OmegaConfBaseException):
@@ -1592,6 +1614,7 @@ def in_short(error: Exception) -> str:
 
 
 if __name__ == "__main__":
+    OmegaConf.register_new_resolver("folder_name", folder_name)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra's own refusals arrive below as exceptions
     try:
         main()

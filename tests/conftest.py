@@ -49,8 +49,8 @@ def numbered_rows(identities, first: int = 0) -> list[dict]:
     ]
 
 
-def write_rows(path: Path, rows: list[dict], group: int = 10, types: dict | None = None) -> Path:
-    """Write rows as a parquet file with row groups of `group` rows; `types` overrides the types of columns."""
+def write_rows(path: Path, rows: list[dict], group: int = 10, types: dict | None = None, **options) -> Path:
+    """Write rows as a parquet file with row groups of `group` rows; `types` overrides types of columns, `options` are pyarrow's."""
     wanted = {"identity_id": TEXT, "image_filename": TEXT, "image_bytes": BINARY} | (types or {})
     arrays = {}
     for name in rows[0] if rows else wanted:
@@ -63,7 +63,7 @@ def write_rows(path: Path, rows: list[dict], group: int = 10, types: dict | None
         else:
             arrays[name] = pa.array(values, kind)
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(arrays), path, row_group_size=group)
+    pq.write_table(pa.table(arrays), path, row_group_size=group, **options)
     return path
 
 
