@@ -1,8 +1,9 @@
 """Files and pixels: from parquet rows to augmented views on the device.
 
 Guarantees: the identity column is read to filter rows and to split identities, then dropped, so no identity reaches training; rows
-that are not allowed are never decoded; the order of the images is a pure function of the seed, whatever the number of workers; a file
-appears whole or not at all. Takes parquet files of encoded images, gives uint8 batches [B, 3, S, S] and float views in [-1, 1].
+that are not allowed are never decoded; the order of the images is a pure function of the seed, whatever the number of workers;
+a file appears whole or not at all. Takes parquet files of encoded images, gives uint8 batches [B, 3, S, S] and float views in
+[-1, 1].
 
 Sources: DigiFace-1M (arXiv:2210.02579), Digi2Real (arXiv:2411.02188); operations of RandAugment (arXiv:1909.13719).
 """
@@ -85,7 +86,8 @@ def need_space(folder: Path, need_bytes: int, what: str) -> None:
     free = shutil.disk_usage(existing).free
     if free < need_bytes:
         raise OSError(
-            f"{folder}: {what} needs {need_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; make room or choose another folder"
+            f"{folder}: {what} needs {need_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; make room "
+            f"or choose another folder"
         )
 
 
@@ -142,7 +144,8 @@ def check_contract(path: Path, schema: pa.Schema, columns: Columns) -> None:
     for name, (kind, tests) in wanted.items():
         if schema.names.count(name) != 1:
             raise ValueError(
-                f"{path}: {schema.names.count(name)} columns called {name!r}, found {schema.names}; set data.columns to the names in your files"
+                f"{path}: {schema.names.count(name)} columns called {name!r}, found {schema.names}; set data.columns "
+                f"to the names in your files"
             )
         if not fits(schema.field(name).type, *tests):
             raise ValueError(f"{path}: column {name!r} is {schema.field(name).type}, must be {kind}")
@@ -208,8 +211,8 @@ def assign_splits(
 ) -> dict[str, str]:
     """Identity -> train, val or test. The order that decides is that of hashes, so it is the same on every machine for ever.
 
-    Exactly round(train_ratio * n) identities are on the train side, of which round(validation_ratio * that) are val. Those in `known`
-    keep their side, and new ones fill the ratio as far as that allows.
+    Exactly round(train_ratio * n) identities are on the train side, of which round(validation_ratio * that) are val. Those in
+    `known` keep their side, and new ones fill the ratio as far as that allows.
     """
     sides = dict(known or {})
     new = sorted(set(identities) - sides.keys(), key=lambda identity: (digest(seed, identity), identity))
@@ -233,13 +236,16 @@ def write_identity_splits(
     validation_ratio: float = 0.0,
     known: dict[str, str] | None = None,
 ) -> Splits:
-    """Decide the split of `ids` (see `assign_splits`) and write it as parquet: `identity_id`, `split`, with seed, ratios and counts."""
+    """Decide the split of `ids` (see `assign_splits`) and write it as parquet: `identity_id`, `split`, with seed, ratios and
+    counts.
+    """
     sides = assign_splits(ids, train_ratio, seed, validation_ratio, known)
     names = sorted(sides)
     counts = {side: sum(s == side for s in sides.values()) for side in ("train", "val", "test")}
     if not counts["train"] or not counts["test"]:
         raise ValueError(
-            f"{len(names)} identities split into {counts}: both train and test need at least one; give more data or another split.train_ratio"
+            f"{len(names)} identities split into {counts}: both train and test need at least one; give more data "
+            f"or another split.train_ratio"
         )
     note = {"seed": seed, "train_ratio": train_ratio, "validation_ratio": validation_ratio, "counts": counts}
     table = pa.table({"identity_id": names, "split": [sides[name] for name in names]})
@@ -284,7 +290,10 @@ class RowIndex(NamedTuple):
 
 
 def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | None, columns: Columns = COLUMNS) -> RowIndex:
-    """Index the rows whose identity is allowed (None: all), reading the identity column only. Raises ValueError if there is none."""
+    """Index the rows whose identity is allowed (None: all), reading the identity column only.
+
+    Raises ValueError if there is none.
+    """
     allowed = None if allowed_identities is None else pa.array(sorted(map(str, allowed_identities)), pa.large_string())
     files, paths, units, unit_of_row, row_of_row, marks = [], find_files(globs), [], [], [], []
     for number, path in enumerate(paths):
@@ -330,8 +339,8 @@ def draw(seed: int, purpose: str, *address: int) -> torch.Generator:
 def lane_order(unit: np.ndarray, rng: np.random.Generator, shuffle_files: bool, shuffle_buffer: int) -> np.ndarray:
     """Order of one pass over a plain stream: a permutation of range(N) that needs only `shuffle_buffer` images at a time.
 
-    The row groups, in a new order each pass, are dealt to LANES lanes; within a lane, blocks of neighbouring row groups are shuffled
-    as wholes; image j comes from lane j mod LANES. The lanes change blocks at different times, so that reading is even.
+    The row groups, in a new order each pass, are dealt to LANES lanes; within a lane, blocks of neighbouring row groups are
+    shuffled as wholes; image j comes from lane j mod LANES. The lanes change blocks at different times, so that reading is even.
     """
     count = int(unit[-1]) + 1
     if not shuffle_files and shuffle_buffer <= 1:
@@ -350,7 +359,9 @@ def lane_order(unit: np.ndarray, rng: np.random.Generator, shuffle_files: bool, 
 
 
 def repeats_in_queue(codes: np.ndarray, queue_size: int) -> float:
-    """Mean number of pictures of the same identity among the `queue_size` images before an image; `codes` [N] in the order drawn."""
+    """Mean number of pictures of the same identity among the `queue_size` images before an image; `codes` [N] in the order
+    drawn.
+    """
     order = np.lexsort((np.arange(len(codes)), codes))
     pairs, step = 0, 1
     while step < len(codes):
@@ -434,9 +445,9 @@ def materialize_split(
 ) -> list[Path]:
     """Write the rows of one side of the split as parquet shards below `out_dir`, images byte for byte; give the shards' paths.
 
-    Train shards are in one globally shuffled order, so that reading them in sequence is as good as a permutation: a first pass deals
-    the rows to buckets, a second one sorts each bucket in memory. The folder appears whole or not at all; a stopped run goes on with
-    the shards that it had finished, a finished one is left as it is. Raises OSError where the disk has no room.
+    Train shards are in one globally shuffled order, so that reading them in sequence is as good as a permutation: a first pass
+    deals the rows to buckets, a second one sorts each bucket in memory. The folder appears whole or not at all; a stopped run
+    goes on with the shards that it had finished, a finished one is left as it is. Raises OSError where the disk has no room.
     """
     out_dir, splits = Path(out_dir), read_identity_splits(splits_table)
     index = build_index(input_glob, splits.identities[split_name], columns)
@@ -550,7 +561,9 @@ class BadImages:
                     log.warning("%s row %d: broken image (%s); %s", path, row, reason, self.instead)
 
     def judge(self, seen: int, whole: int) -> None:
-        """Raise ValueError if more than the allowed fraction of `seen` images is broken; judged from 1,000 on, or the whole source."""
+        """Raise ValueError if more than the allowed fraction of `seen` images is broken; judged from 1,000 on, or the whole
+        source.
+        """
         if seen >= min(1000, whole) and len(self.found) > self.max_fraction * seen:
             (path, row), reason = next(iter(self.found.items()))
             raise ValueError(
@@ -569,8 +582,8 @@ class ParquetImageStream:
 
     Iterating gives each image of one pass as uint8 [3, S, S]. Training takes whole batches through `submit`.
 
-    globs: one or several patterns. shuffle_files: visit the row groups in a new order each pass. shuffle_buffer: how many images mix at
-    a time (0: no shuffling inside). batch_read_rows: rows that are read at a time. allowed_identities: None for all.
+    globs: one or several patterns. shuffle_files: visit the row groups in a new order each pass. shuffle_buffer: how many
+    images mix at a time (0: no shuffling inside). batch_read_rows: rows that are read at a time. allowed_identities: None for all.
     """
 
     order_kind = "lanes"
@@ -771,7 +784,8 @@ class DeviceCache(DecodedCache):
         decoded, need = self.images, self.images.nbytes
         if device.type == "cuda" and need > 0.6 * torch.cuda.mem_get_info(device)[0]:
             raise ValueError(
-                f"data.cache=device: {need / 1e9:.1f} GB of images do not fit beside the training on {device}; set data.cache=decoded"
+                f"data.cache=device: {need / 1e9:.1f} GB of images do not fit beside the training on {device}; set "
+                f"data.cache=decoded"
             )
         self.images = torch.empty(decoded.shape, dtype=torch.uint8, device=device)
         for start in range(0, len(decoded), CACHE_CHUNK):
@@ -820,7 +834,8 @@ def open_cache(stream: ParquetImageStream, folder: Path, workers: int | None) ->
         found = list(pool.map(lambda c: zlib.crc32(images[c * CACHE_CHUNK : (c + 1) * CACHE_CHUNK]), range(chunks)))
     if found != sums:
         raise ValueError(
-            f"{final}: {sum(a != b for a, b in zip(found, sums, strict=False))} of {chunks} chunks are damaged; delete it, it will be made again"
+            f"{final}: {sum(a != b for a, b in zip(found, sums, strict=False))} of {chunks} chunks are damaged; "
+            f"delete it, it will be made again"
         )
     return images
 
@@ -840,7 +855,8 @@ class CurriculumConfig:
 class Schedule:
     """How many images of each source come before each step: the curriculum as arithmetic.
 
-    `digiface_share` is linear between the points `progress` in [0, 1] of the whole training; None keeps the natural share of the rows.
+    `digiface_share` is linear between the points `progress` in [0, 1] of the whole training; None keeps the natural share of
+    the rows.
     """
 
     def __init__(self, cfg: CurriculumConfig | None, rows: Sequence[int], batch_size: int, epochs: int):
@@ -864,7 +880,8 @@ class Schedule:
 
 
 class CurriculumMixStream:
-    """The images of training from `epoch` (0-based) on: two sources, mixed by the schedule. Iterating gives the images of the epoch.
+    """The images of training from `epoch` (0-based) on: two sources, mixed by the schedule. Iterating gives the images of the
+    epoch.
 
     Each source is drawn without replacement until it is used up, then reshuffled. digi2real_stream may be None.
     """
@@ -1073,7 +1090,10 @@ def erase(x: Tensor, area: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def augment(images: Tensor, cfg: AugmentConfig, generator: torch.Generator) -> Tensor:
-    """One random view of each picture: uint8 [n, 3, S, S] -> float [n, 3, S, S] in [-1, 1]. The draws are made on the CPU, so nothing waits."""
+    """One random view of each picture: uint8 [n, 3, S, S] -> float [n, 3, S, S] in [-1, 1].
+
+    The draws are made on the CPU, so nothing waits.
+    """
     n, device = len(images), images.device
     s = draw_strengths(cfg, n, generator)
     corners = (torch.rand(n, 2, 4, generator=generator) * 2 - 1) * 2 * s["warp"].view(n, 1, 1)

@@ -9,8 +9,8 @@ contribution a probe, whose mean is the figure. `rates` turns columns, or any pa
 
 Papers: iResNet as in ArcFace (arXiv:1801.07698); MoCo (arXiv:1911.05722) and its v2 (arXiv:2003.04297); MarginNCE as in
 USynthFace (arXiv:2211.07371) and, with the other sign, in Park et al. (arXiv:2211.01966); EMAN (arXiv:2101.08482). CMC, TPIR and
-FPIR: ISO/IEC 19795-1, NISTIR 8271. Interval: Wilson 1927 with the effective sample size of Korn and Graubard 1998. Geometry: Wang and
-Isola 2020 (arXiv:2005.10242), RankMe (arXiv:2210.02885).
+FPIR: ISO/IEC 19795-1, NISTIR 8271. Interval: Wilson 1927 with the effective sample size of Korn and Graubard 1998. Geometry:
+Wang and Isola 2020 (arXiv:2005.10242), RankMe (arXiv:2210.02885).
 """
 
 import copy
@@ -124,7 +124,9 @@ def build_backbone(cfg: BackboneConfig) -> IResNet:
 
 
 class ProjectionHead(nn.Module):
-    """From the embedding [B, 512] to the contrastive space [B, dim]: `none` is the identity (USynthFace), `mlp` MoCo v2's two layers."""
+    """From the embedding [B, 512] to the contrastive space [B, dim]: `none` is the identity (USynthFace), `mlp` MoCo v2's two
+    layers.
+    """
 
     def __init__(self, kind: str = "none", dim: int = EMBEDDING_DIM):
         super().__init__()
@@ -241,7 +243,10 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def encode_keys(self, views: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Views [B, 3, S, S] -> unit rows [B, D] in float32, row i for view i whatever the guard. `generator` (CPU) draws the shuffle."""
+        """Views [B, 3, S, S] -> unit rows [B, D] in float32, row i for view i whatever the guard.
+
+        `generator` (CPU) draws the shuffle.
+        """
         self.key.train(self.guard != "eman")
         if self.guard != "shuffle" or not self.training:
             return F.normalize(self.key(views).float())
@@ -301,12 +306,16 @@ def split_evenly(rows: Tensor, groups: int) -> tuple[Tensor, ...]:
 
 
 def spread_of(unit_rows: Tensor) -> Tensor:
-    """Mean standard deviation per dimension times sqrt(D) of unit rows [B, D] -> []: about 1 when spread evenly, 0 when collapsed."""
+    """Mean standard deviation per dimension times sqrt(D) of unit rows [B, D] -> []: about 1 when spread evenly, 0 when
+    collapsed.
+    """
     return unit_rows.std(dim=0, correction=0).mean() * math.sqrt(unit_rows.shape[1])
 
 
 def key_momentum_at(progress: float, base: float, schedule: str) -> float:
-    """Key momentum at `progress` in [0, 1] of the training: constant, or from `base` to 1 along a cosine (BYOL, arXiv:2006.07733)."""
+    """Key momentum at `progress` in [0, 1] of the training: constant, or from `base` to 1 along a cosine (BYOL,
+    arXiv:2006.07733).
+    """
     return base if schedule == "constant" else 1 - (1 - base) * (math.cos(math.pi * progress) + 1) / 2
 
 

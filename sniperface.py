@@ -141,7 +141,10 @@ LIMITS: dict[str, tuple[str, Callable]] = {
 
 
 def check_ranges(cfg: object, prefix: str = "") -> None:
-    """Check each setting against the limits beside its type. Raises ValueError that names the key, the value and what is allowed."""
+    """Check each setting against the limits beside its type.
+
+    Raises ValueError that names the key, the value and what is allowed.
+    """
     for entry in dataclasses.fields(cfg):
         value, key = getattr(cfg, entry.name), prefix + entry.name
         if dataclasses.is_dataclass(value):
@@ -155,7 +158,10 @@ def check_ranges(cfg: object, prefix: str = "") -> None:
 
 
 def load_config(raw: DictConfig) -> Config:
-    """The composed settings as a typed `Config`. Raises ValueError, in one line, for an unknown key, a wrong type or a bad value."""
+    """The composed settings as a typed `Config`.
+
+    Raises ValueError, in one line, for an unknown key, a wrong type or a bad value.
+    """
     try:
         plain = OmegaConf.to_container(raw, resolve=True)
         cfg: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
@@ -212,11 +218,12 @@ def describe_machine(device: torch.device) -> dict:
         return done.stdout.strip() if done.returncode == 0 else None
 
     return {
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__, "pyarrow": pa.__version__},
-        "commit": git("rev-parse", "HEAD"), "uncommitted_changes": bool(git("status", "--porcelain")),
+        "versions": {"python": platform.python_version()} | {m.__name__: str(m.__version__) for m in (torch, np, pa)},
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain")),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
-    }  # fmt: skip
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,8 +245,9 @@ def find_sources(cfg: Config) -> dict[str, list[Path]]:
         return {source: dataio.find_files(pattern) for source, pattern in sources_of(cfg).items()}
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{error}.\nThe data is DigiFace-1M (github.com/microsoft/DigiFace1M) and Digi2Real (Idiap) as parquet, see README.md; set "
-            "data.digiface_glob and data.digi2real_glob.\nTo see everything work without data: uv run python sniperface.py experiment=demo"
+            f"{error}.\nThe data is DigiFace-1M (github.com/microsoft/DigiFace1M) and Digi2Real (Idiap) as parquet, see README.md; "
+            "set data.digiface_glob and data.digi2real_glob.\n"
+            "To see everything work without data: uv run python sniperface.py experiment=demo"
         ) from error
 
 
@@ -281,8 +289,8 @@ class Rows:
 
 
 def locate_rows(cfg: Config, side: str, shards: bool | None = None) -> Rows:
-    """Find the rows of one side of the split: in shards that are given by glob, in materialised ones (unless `shards` is False), or in
-    the data, filtered. Raises ValueError for shards of another side or split."""
+    """Find the rows of one side of the split: in shards that are given by glob, in materialised ones (unless `shards` is
+    False), or in the data, filtered. Raises ValueError for shards of another side or split."""
     files = find_sources(cfg)
     notes = {source: dataio.read_metadata(paths[0]) for source, paths in files.items()}
     if any("split" in note for note in notes.values()):  # the globs name shards: their siblings are known
@@ -309,7 +317,8 @@ def locate_rows(cfg: Config, side: str, shards: bool | None = None) -> Rows:
         log.warning("%s: materialised from other data or another split; not used", Path(cfg.split.out_dir) / side)
     if shards:
         raise ValueError(
-            f"{cfg.split.out_dir}: the run was started on materialised shards, which are not there any more; command=split makes them"
+            f"{cfg.split.out_dir}: the run was started on materialised shards, which are not there any more; "
+            f"command=split makes them"
         )
     return Rows({s: (list(map(str, paths)), splits.identities[side]) for s, paths in files.items()}, splits.hash, False)
 
@@ -326,11 +335,12 @@ def complete_shards(folder: Path, table: str) -> list[str]:
 
 
 def open_streams(cfg: Config, rows: Rows) -> dict[str, dataio.ParquetImageStream]:
+    data = cfg.data
     return {
         source: dataio.ParquetImageStream(
-            globs, cfg.data.shuffle_files, cfg.data.shuffle_buffer, cfg.data.batch_read_rows, allowed, columns=shard_columns(cfg, rows),
-            image_size=cfg.data.image_size, seed=draw_seed(cfg.seed, source), max_bad_fraction=cfg.data.max_bad_fraction,
-            max_image_pixels=cfg.data.max_image_pixels,
+            globs, data.shuffle_files, data.shuffle_buffer, data.batch_read_rows, allowed, columns=shard_columns(cfg, rows),
+            image_size=data.image_size, seed=draw_seed(cfg.seed, source), max_bad_fraction=data.max_bad_fraction,
+            max_image_pixels=data.max_image_pixels,
         )
         for source, (globs, allowed) in rows.sources.items()
     }  # fmt: skip
@@ -367,7 +377,8 @@ def split(cfg: Config, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 NOT_THE_RESULT = (                                           # settings that may differ when a run goes on
-    "command", "run", "run_dir", "device", "data.workers", "data.cache_dir", "train.max_steps", "train.log_every", "train.save_every_epochs",
+    "command", "run", "run_dir", "device", "data.workers", "data.cache_dir", "train.max_steps", "train.log_every",
+    "train.save_every_epochs",
     "train.save_every_steps", "train.keep_last", "train.resume", "split.materialize", "embed", "eval", "report",
 )  # fmt: skip
 
@@ -400,7 +411,10 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint: tensors and plain values only, nothing in it is executed. Raises ValueError if it is damaged or foreign."""
+    """Read a checkpoint: tensors and plain values only, nothing in it is executed.
+
+    Raises ValueError if it is damaged or foreign.
+    """
     try:
         with zipfile.ZipFile(path) as archive:  # torch writes a CRC for each record, and does not read it
             damaged = archive.testzip()
@@ -633,12 +647,12 @@ def start_log(path: Path, step: int, log_every: int) -> None:
 
 
 def say_what_trains(training: Training, sources: list, schedule: dataio.Schedule, rows: Rows) -> None:
-    cfg, model = training.cfg, training.model
-    weights = sum(p.numel() for p in model.query.parameters())
+    cfg, weights = training.cfg, sum(p.numel() for p in training.model.query.parameters())
+    images, precision = " + ".join(f"{len(source):,}" for source in sources), str(training.precision).removeprefix("torch.")
+    order = sources[0].order_kind + (" of materialised shards" if rows.shards else "")
     log.info(
-        "%s images in %d steps an epoch, %d epochs; %s (%.1f M weights), %s on %s; order: %s%s",
-        " + ".join(f"{len(source):,}" for source in sources), schedule.steps_per_epoch, cfg.train.epochs, cfg.backbone.name, weights / 1e6,
-        str(training.precision).removeprefix("torch."), training.device, sources[0].order_kind, " of materialised shards" if rows.shards else "",
+        "%s images in %d steps an epoch, %d epochs; %s (%.1f M weights), %s on %s; order: %s",
+        images, schedule.steps_per_epoch, cfg.train.epochs, cfg.backbone.name, weights / 1e6, precision, training.device, order,
     )  # fmt: skip
     if cfg.moco.queue_size > schedule.steps_per_epoch * schedule.batch_size / 2:
         log.warning(
@@ -891,7 +905,10 @@ def find_checkpoint(cfg: Config, folder: Path) -> Path:
 
 
 def settings_of(state: dict, cfg: Config, typed: set[str]) -> Config:
-    """The checkpoint's settings, with data.*, split.*, embed.* and the like as typed. Raises ValueError for a typed contradiction."""
+    """The checkpoint's settings, with data.*, split.*, embed.* and the like as typed.
+
+    Raises ValueError for a typed contradiction.
+    """
     free = (
         "command",
         "run",
@@ -1019,7 +1036,8 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     rows = None if cfg.embed.test_glob else locate_rows(cfg, cfg.embed.split, shards=state["meta"]["shards"] or None)
     if rows and rows.table != state["meta"]["table"]:
         raise ValueError(
-            f"{path} was trained with split table {state['meta']['table']}, {cfg.split.out_dir} has {rows.table}: its test identities may have been trained on"
+            f"{path} was trained with split table {state['meta']['table']}, {cfg.split.out_dir} has {rows.table}: "
+            f"its test identities may have been trained on"
         )
     indices = embedded_indices(cfg, rows)
     out = folder / cfg.embed.out
@@ -1093,7 +1111,8 @@ def read_embeddings(path: Path) -> Embeddings:
     kind = None if missing else parquet.schema_arrow.field("embedding").type
     if missing or not pa.types.is_fixed_size_list(kind) or kind.value_type != pa.float32():
         raise ValueError(
-            f"{path}: needs identity_id, image_filename and embedding fixed_size_list<float32>, found {parquet.schema_arrow.names} ({kind})"
+            f"{path}: needs identity_id, image_filename and embedding fixed_size_list<float32>, found "
+            f"{parquet.schema_arrow.names} ({kind})"
         )
     table = parquet.read()
     column = table["embedding"].combine_chunks()
@@ -1119,13 +1138,14 @@ def check_provenance(path: Path, note: dict) -> None:
     """Say what cannot be known of a foreign file. Raises ValueError for vectors of people who were trained on."""
     if not note:
         log.warning(
-            "%s: not written by embed: nobody can tell here whether its identities were trained on, nor by which checkpoint it was made",
+            "%s: not written by embed: nobody can tell here whether its identities were trained on, nor by which "
+            "checkpoint it was made",
             path,
         )
     if note.get("trained_on"):
         raise ValueError(
-            f"{path}: {note['trained_on']} of its identities were trained on; measure unseen ones. If they are other people with the "
-            "same names, rename them in the files"
+            f"{path}: {note['trained_on']} of its identities were trained on; measure unseen ones. If they are other people "
+            "with the same names, rename them in the files"
         )
 
 
@@ -1142,7 +1162,7 @@ def closed_set_rates(data: Embeddings, cfg: EvalConfig, per_id: int, seed: int) 
     gallery = moco.build_gallery(data.vectors[drawn.enrolled], drawn.identity[drawn.enrolled], cfg.template)
     people = drawn.identity[drawn.probes]
     found = moco.search(data.vectors[drawn.probes], gallery.index(people), gallery, max(cfg.top_k))
-    return moco.rates({f"rank{k}": found.rank <= k for k in cfg.top_k}, people, seed, cfg.bootstrap)
+    return moco.rates({f"rank{k}": found.rank <= k for k in {1, *cfg.top_k}}, people, seed, cfg.bootstrap)
 
 
 def measure(data: Embeddings, drawn: moco.Enrolment, cfg: EvalConfig) -> Measured:
@@ -1162,6 +1182,29 @@ def measure(data: Embeddings, drawn: moco.Enrolment, cfg: EvalConfig) -> Measure
     }  # fmt: skip
     curve = moco.roc(compared.genuine, compared.impostors)
     return Measured(figures, [rates[f"rank{k}"] for k in range(1, 21)], curve, found, thresholds)
+
+
+def per_source(data: Embeddings, drawn: moco.Enrolment, found: Measured, cfg: EvalConfig) -> dict[str, dict]:
+    """Rank-k of the probes of each source; the gallery is the same."""
+    people, sources, figures = drawn.identity[drawn.probes], data.sources[drawn.probes], {}
+    for source in np.unique(sources).tolist():
+        here = sources == source
+        rates = moco.rates({f"rank{k}": found.found.rank[here] <= k for k in cfg.top_k}, people[here], cfg.seed, cfg.bootstrap)
+        figures[source] = figures_of(rates) | {"probes": int(here.sum())}
+    return figures
+
+
+def enrolment_draws(data: Embeddings, cfg: EvalConfig) -> dict:
+    """Rank-1 over several draws of the enrolment pictures: how much of it is the luck of the draw."""
+    hits = [closed_set_rates(data, cfg, cfg.enroll_per_id, cfg.seed + n)["rank1"].value for n in range(cfg.repeats)]
+    spread = float(np.std(hits, ddof=1)) if len(hits) > 1 else None
+    return {"draws": len(hits), "rank1_mean": float(np.mean(hits)), "rank1_std": spread}
+
+
+def enrolment_sweep(data: Embeddings, drawn: moco.Enrolment, cfg: EvalConfig) -> dict[str, dict]:
+    """Rank-k by the number of enrolment pictures, as far as an identity has one picture more."""
+    most = np.bincount(drawn.identity).max() - 1
+    return {str(n): figures_of(closed_set_rates(data, cfg, n, cfg.seed)) for n in cfg.enroll_sweep if n <= most}
 
 
 def open_set_figures(data: Embeddings, cfg: EvalConfig) -> dict:
@@ -1237,24 +1280,14 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
     ours, people = measured["trained"], drawn.identity[drawn.probes]
     canonical = np.lexsort((data.keys, data.names))  # so that the order of the file decides nothing
     gallery = len(np.unique(drawn.identity[drawn.enrolled]))
-    draws = [
-        closed_set_rates(data, cfg.eval, cfg.eval.enroll_per_id, cfg.eval.seed + n)["rank1"].value for n in range(cfg.eval.repeats)
-    ]
-    sweep = [n for n in cfg.eval.enroll_sweep if n <= np.bincount(drawn.identity).max() - 1]
     metrics = {
-        **ours.figures,
-        "identities": gallery, "gallery": gallery, "probes": len(drawn.probes), "distractors": drawn.distractors, "chance_rank1": 1 / gallery,
-        "enroll_per_id": cfg.eval.enroll_per_id, "template": cfg.eval.template, "seed": cfg.eval.seed, "embeddings": str(path),
-        "made_from": data.note, "geometry": moco.geometry(data.vectors[canonical], drawn.identity[canonical], cfg.eval.seed),
-        "enrolment_draws": {"draws": len(draws), "rank1_mean": float(np.mean(draws)), "rank1_std": float(np.std(draws, ddof=1)) if len(draws) > 1 else None},
-        "per_source": {
-            source: figures_of(moco.rates({f"rank{k}": ours.found.rank[here] <= k for k in cfg.eval.top_k}, people[here], cfg.eval.seed, cfg.eval.bootstrap))
-            | {"probes": int(here.sum())}
-            for source in np.unique(data.sources).tolist() if (here := data.sources[drawn.probes] == source).any()
-        },
-        "enroll_sweep": {str(n): figures_of(closed_set_rates(data, cfg.eval, n, cfg.eval.seed)) for n in sweep},
+        **ours.figures, "identities": gallery, "gallery": gallery, "probes": len(people), "distractors": drawn.distractors,
+        "chance_rank1": 1 / gallery, "enroll_per_id": cfg.eval.enroll_per_id, "template": cfg.eval.template, "seed": cfg.eval.seed,
+        "embeddings": str(path), "made_from": data.note, "enrolment_draws": enrolment_draws(data, cfg.eval),
+        "per_source": per_source(data, drawn, ours, cfg.eval), "enroll_sweep": enrolment_sweep(data, drawn, cfg.eval),
         "open_set": open_set_figures(data, cfg.eval) if cfg.eval.open_set_share else {},
         "pair_protocol": pair_figures(data, cfg.eval) if cfg.eval.pairs else {},
+        "geometry": moco.geometry(data.vectors[canonical], drawn.identity[canonical], cfg.eval.seed),
         **{name: found.figures for name, found in measured.items() if name != "trained"},
     }  # fmt: skip
     with write_whole(folder / cfg.eval.out) as temporary:
@@ -1278,7 +1311,8 @@ def results_table(metrics: dict, measured: dict[str, Measured], cfg: EvalConfig)
         lines.append(f"{name:<12}" + "".join(f"{cell:<24}" for cell in cells))
     lines.append(f"{'chance':<12}" + "".join(f"{min(1, k / metrics['gallery']):<24.3f}" for k in cfg.top_k))
     lines.append(
-        f"{metrics['gallery']} unseen identities enrolled with {metrics['enroll_per_id']} pictures each ({metrics['distractors']} of them "
+        f"{metrics['gallery']} unseen identities enrolled with {metrics['enroll_per_id']} pictures each "
+        f"({metrics['distractors']} of them "
         f"distractors), {metrics['probes']} probes; 95 % intervals over identities"
     )
     return "\n".join(lines)
@@ -1327,12 +1361,16 @@ def draw_training(folder: Path) -> None:
     lines = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
     if not can_draw() or not lines:
         return
-    panels = (
-        ("loss [nats]", ("loss", "chance_loss")), ("cosine", ("pos_sim", "neg_sim", "neg_max")), ("share", ("instance_top1", "digiface_share")),
-        ("spread (1 even, 0 collapsed)", ("spread",)), ("learning rate", ("lr",)), ("monitor loss [nats]", ("monitor_loss",)),
-    )  # fmt: skip
+    panels = {
+        "loss [nats]": ("loss", "chance_loss"),
+        "cosine": ("pos_sim", "neg_sim", "neg_max"),
+        "share": ("instance_top1", "digiface_share"),
+        "spread (1 even, 0 collapsed)": ("spread",),
+        "learning rate": ("lr",),
+        "monitor loss [nats]": ("monitor_loss",),
+    }
     with picture(folder / "plots" / "train.png", 2, 3, 4.2, 3.0) as axes:
-        for panel, (unit, names) in zip(axes.flat, panels, strict=True):
+        for panel, (unit, names) in zip(axes.flat, panels.items(), strict=True):
             for style, name in enumerate(names):
                 there = [line for line in lines if name in line]
                 curve(
@@ -1410,7 +1448,9 @@ def draw_results(
 
 
 def draw_neighbours(cfg: Config, path: Path, data: Embeddings, drawn: moco.Enrolment, found: Measured) -> None:
-    """Probes with their five nearest templates, each shown by its first enrolled picture: worst mistakes first, then some that are right."""
+    """Probes with their five nearest templates, each shown by its first enrolled picture: worst mistakes first, then some that
+    are right.
+    """
     if cfg.eval.template != "centroid":
         return  # a row of the gallery is not an identity then
     codes, first = np.unique(drawn.identity[drawn.enrolled], return_index=True)
@@ -1466,21 +1506,24 @@ def find_pictures(cfg: Config, wanted: set[tuple[str, str, str]]) -> dict | None
 def write_report(cfg: Config, folder: Path, metrics: dict, table: str) -> None:
     """report.md: figures and pictures of a run on one page, from the template conf/templates/report.md."""
 
-    def rows(figures: dict) -> str:
-        names = [name for name in figures if f"{name}_ci" in figures]
-        return "\n".join(
-            f"| {name} | {figures[name]:.4f} | {figures[name + '_ci'][0]:.4f} to {figures[name + '_ci'][1]:.4f} |" for name in names
+    def rows(figures: dict, *before: object, names: Iterable[str] | None = None) -> str:
+        names = [name for name in figures if f"{name}_ci" in figures] if names is None else names
+        cells = (
+            (*(before or (name,)), f"{figures[name]:.4f}", "{:.4f} to {:.4f}".format(*figures[f"{name}_ci"])) for name in names
         )
+        return "\n".join(f"| {' | '.join(map(str, row))} |" for row in cells)
 
-    pictures = [
-        name for name in ("cmc", "roc", "similarity", "neighbours", "train", "views") if (folder / "plots" / f"{name}.png").exists()
-    ]
+    names = ("cmc", "roc", "similarity", "neighbours", "train", "views")
+    pictures = [name for name in names if (folder / f"plots/{name}.png").exists()]
+    draws, shape, first = metrics["enrolment_draws"], metrics["geometry"], f"rank{cfg.eval.top_k[0]}"
     values = {
         "run": folder.name, "table": table, "figures": rows(metrics), "open_set": rows(metrics["open_set"]) or "| none | | |",
-        "refused": ", ".join(metrics["refused"] + metrics["open_set"].get("refused", [])) or "none",
-        "draws": metrics["enrolment_draws"], "geometry": metrics["geometry"], "made_from": json.dumps(metrics["made_from"]),
-        "sources": "\n".join(f"| {name} | {f['probes']} | {f['rank1']:.4f} | {f['rank1_ci'][0]:.4f} to {f['rank1_ci'][1]:.4f} |" for name, f in metrics["per_source"].items()),
-        "sweep": "\n".join(f"| {n} | {f['rank1']:.4f} | {f['rank1_ci'][0]:.4f} to {f['rank1_ci'][1]:.4f} |" for n, f in metrics["enroll_sweep"].items()),
+        "refused": ", ".join(metrics["refused"] + metrics["open_set"].get("refused", [])) or "none", "first": first,
+        "draws": f"{draws['rank1_mean']:.4f} on average over {draws['draws']} draws, standard deviation {draws['rank1_std'] or 0:.4f}",
+        "geometry": ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in shape.items()),
+        "made_from": json.dumps(metrics["made_from"]),
+        "sources": "\n".join(rows(f, name, f["probes"], names=[first]) for name, f in metrics["per_source"].items()),
+        "sweep": "\n".join(rows(f, n, names=[first]) for n, f in metrics["enroll_sweep"].items()),
         "pictures": "\n\n".join(f"![{name}](plots/{name}.png)" for name in pictures),
     }  # fmt: skip
     with write_whole(folder / "report.md") as temporary:
@@ -1542,7 +1585,9 @@ def report(cfg: Config, pattern: str) -> None:
 
 
 def difference_to(first: Path, run: Path, cfg: Config) -> dict[str, float | None]:
-    """Rank-1 of a run minus that of the first, over the same probes, with its interval; empty values where they were not the same."""
+    """Rank-1 of a run minus that of the first, over the same probes, with its interval; empty values where they were not the
+    same.
+    """
     names = ("rank1_change", "rank1_change_low", "rank1_change_high")
     files = [path / "ranks.parquet" for path in (first, run)]
     if not all(file.exists() for file in files):
