@@ -630,7 +630,7 @@ def check_finite(training: Training) -> None:
     bad = int(training.first_bad_step)
     if bad >= 0:
         raise FloatingPointError(
-            f"the loss of step {bad} is not finite; the last checkpoint is from before. Lower train.lr, or set train.amp=fp32"
+            f"the loss or gradient of step {bad} is not finite; the last checkpoint is from before. Lower train.lr, or set train.amp=fp32"
         )
 
 
@@ -737,7 +737,8 @@ def run_steps(
             optimizer.zero_grad(set_to_none=True)
             model.update_key_encoder(momentum)
             model.enqueue(out.keys)  # after backward: the queue needs no copy
-            bad = ~torch.isfinite(out.loss) & (training.first_bad_step < 0)
+            finite = torch.isfinite(out.loss) & (scaler.is_enabled() | torch.isfinite(grad_norm))  # the scaler skips such a step
+            bad = ~finite & (training.first_bad_step < 0)
             training.first_bad_step = torch.where(bad, step + 1, training.first_bad_step)
             training.step = step + 1
 
@@ -1519,7 +1520,7 @@ def write_report(cfg: Config, folder: Path, metrics: dict, table: str) -> None:
     values = {
         "run": folder.name, "table": table, "figures": rows(metrics), "open_set": rows(metrics["open_set"]) or "| none | | |",
         "refused": ", ".join(metrics["refused"] + metrics["open_set"].get("refused", [])) or "none", "first": first,
-        "draws": f"{draws['rank1_mean']:.4f} on average over {draws['draws']} draws, standard deviation {draws['rank1_std'] or 0:.4f}",
+        "draws": f"{draws['rank1_mean']:.4f} on average over {draws['draws']} draws (standard deviation {draws['rank1_std'] or 0:.4f})",
         "geometry": ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in shape.items()),
         "made_from": json.dumps(metrics["made_from"]),
         "sources": "\n".join(rows(f, name, f["probes"], names=[first]) for name, f in metrics["per_source"].items()),
