@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import threading
 import zlib
@@ -53,6 +54,15 @@ METADATA_KEY = b"sniperface"  # our entry in the schema metadata of the files we
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def write_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; when the block ends well, what was written there takes the name `path` at once."""
@@ -69,15 +79,6 @@ def write_whole(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def need_space(folder: Path, need_bytes: int, what: str) -> None:
@@ -100,7 +101,7 @@ def find_files(globs: str | Sequence[str]) -> list[Path]:
         if not matches:
             raise FileNotFoundError(f"no file matches {pattern!r} (looked from {Path.cwd()})")
         found += [Path(m) for m in matches]
-    return sorted(set(found), key=lambda path: (path.name, str(path)))
+    return sorted({os.path.abspath(path): path for path in found}.values(), key=lambda path: (path.name, str(path)))
 
 
 @dataclass
@@ -113,6 +114,10 @@ class Columns:
 COLUMNS = Columns("identity_id", "image_filename", "image_bytes")  # the contract's own names
 
 
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def open_parquet(path: Path, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
     """Open for reading row group by row group. `pre_buffer` would keep the whole file in memory."""
     try:
@@ -121,10 +126,6 @@ def open_parquet(path: Path, metadata: pq.FileMetaData | None = None) -> pq.Parq
         raise ValueError(
             f"{path}: not a readable parquet file ({first_line(error)}); remove it from the glob or fetch it again"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def check_contract(path: Path, schema: pa.Schema, columns: Columns) -> None:
@@ -156,6 +157,23 @@ def as_strings(column: pa.ChunkedArray, path: Path, name: str) -> pa.Array:
     if column.null_count:
         raise ValueError(f"{path}: {column.null_count} of {len(column)} rows have no {name!r}; every row needs one")
     return pc.cast(column, pa.large_string()).combine_chunks()
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let what a damaged file raises name it."""
+    try:
+        yield
+    except (OSError, pa.ArrowException, UnicodeDecodeError, StopIteration) as error:
+        raise ValueError(f"{path}: damaged ({first_line(error)}); remove it from the glob or fetch it again") from error
+
+
+def read_identities(parquet: pq.ParquetFile, path: Path, group: int, columns: Columns) -> pa.Array:
+    """The identities of one row group as strings."""
+    with naming(path):
+        column = parquet.read_row_group(group, columns=[columns.identity]).column(0)
+        column.validate(full=True)  # a string that is no UTF-8
+    return as_strings(column, path, columns.identity)
 
 
 def read_metadata(path: Path) -> dict:
@@ -199,10 +217,10 @@ def collect_unique_identities(globs: str | Sequence[str], columns: Columns = COL
     unique: set[str] = set()
     for path in find_files(globs):
         parquet = open_parquet(path)
-        check_contract(path, parquet.schema_arrow, columns)
+        with naming(path):
+            check_contract(path, parquet.schema_arrow, columns)
         for group in range(parquet.num_row_groups):
-            column = parquet.read_row_group(group, columns=[columns.identity]).column(0)
-            unique.update(as_strings(column, path, columns.identity).unique().to_pylist())
+            unique.update(read_identities(parquet, path, group, columns).unique().to_pylist())
     return sorted(unique)
 
 
@@ -214,8 +232,8 @@ def assign_splits(
     Exactly round(train_ratio * n) identities are on the train side, of which round(validation_ratio * that) are val. Those in
     `known` keep their side, and new ones fill the ratio as far as that allows.
     """
-    sides = dict(known or {})
-    new = sorted(set(identities) - sides.keys(), key=lambda identity: (digest(seed, identity), identity))
+    sides = {str(name): side for name, side in (known or {}).items()}
+    new = sorted(set(map(str, identities)) - sides.keys(), key=lambda identity: (digest(seed, identity), identity))
     total = len(sides) + len(new)
     train_side = round(train_ratio * total)
     for side, wanted in (
@@ -226,6 +244,25 @@ def assign_splits(
         sides.update(dict.fromkeys(new[:missing], side))
         new = new[missing:]
     return sides | dict.fromkeys(new, "test")
+
+
+def read_identity_splits(path: str | Path) -> Splits:
+    """Read a split table. Raises ValueError for a file that is none, or that gives an identity two sides."""
+    path = Path(path)
+    parquet = open_parquet(path)
+    if not {"identity_id", "split"} <= set(parquet.schema_arrow.names):
+        raise ValueError(f"{path}: not a split table, its columns are {parquet.schema_arrow.names}; expected identity_id and split")
+    table = parquet.read(columns=["identity_id", "split"])
+    names, sides = (
+        as_strings(table["identity_id"], path, "identity_id").to_pylist(),
+        as_strings(table["split"], path, "split").to_pylist(),
+    )
+    if len(set(names)) != len(names) or not set(sides) <= {"train", "val", "test"}:
+        raise ValueError(f"{path}: a split table has each identity once, as train, val or test; delete it and run command=split")
+    identities: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    for name, side in sorted(zip(names, sides, strict=True)):
+        identities[side].append(name)
+    return Splits(identities, read_metadata(path), digest(*(f"{n}\t{s}" for n, s in sorted(zip(names, sides, strict=True)))))
 
 
 def write_identity_splits(
@@ -254,25 +291,6 @@ def write_identity_splits(
     return read_identity_splits(out_path)
 
 
-def read_identity_splits(path: str | Path) -> Splits:
-    """Read a split table. Raises ValueError for a file that is none, or that gives an identity two sides."""
-    path = Path(path)
-    parquet = open_parquet(path)
-    if not {"identity_id", "split"} <= set(parquet.schema_arrow.names):
-        raise ValueError(f"{path}: not a split table, its columns are {parquet.schema_arrow.names}; expected identity_id and split")
-    table = parquet.read(columns=["identity_id", "split"])
-    names, sides = (
-        as_strings(table["identity_id"], path, "identity_id").to_pylist(),
-        as_strings(table["split"], path, "split").to_pylist(),
-    )
-    if len(set(names)) != len(names) or not set(sides) <= {"train", "val", "test"}:
-        raise ValueError(f"{path}: a split table has each identity once, as train, val or test; delete it and run command=split")
-    identities: dict[str, list[str]] = {"train": [], "val": [], "test": []}
-    for name, side in sorted(zip(names, sides, strict=True)):
-        identities[side].append(name)
-    return Splits(identities, read_metadata(path), digest(*(f"{n}\t{s}" for n, s in sorted(zip(names, sides, strict=True)))))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The index before the pixels
 # ---------------------------------------------------------------------------------------------------------------------
@@ -287,6 +305,32 @@ class RowIndex(NamedTuple):
     unit: np.ndarray  # int32 [N]: unit of each allowed row, ascending
     row: np.ndarray  # int32 [N]: row inside the unit
     fingerprint: str  # of the files' rows and of which are allowed; the folder does not count
+    stamps: list[tuple[int, int]]  # size and time of each file
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    return path.stat().st_size, path.stat().st_mtime_ns
+
+
+def open_indexed(index: RowIndex, number: int) -> pq.ParquetFile:
+    """Open a file of the index again. Raises ValueError for one that was replaced: its rows may be other people's."""
+    path = index.paths[number]
+    if stamp(path) != index.stamps[number]:
+        raise ValueError(f"{path}: was replaced since it was indexed; start again")
+    return open_parquet(path, index.files[number])
+
+
+def mark_pictures(path: Path, parquet: pq.ParquetFile, group: int, columns: Columns) -> tuple[int, int]:
+    """Size of a row group and checksum of both ends of its pictures, 4 kB each: they change when the pictures or their order do."""
+    with naming(path):
+        found = parquet.metadata.row_group(group)
+        chunk = next(c for c in map(found.column, range(found.num_columns)) if c.path_in_schema == columns.image)
+    start = chunk.data_page_offset if chunk.dictionary_page_offset is None else chunk.dictionary_page_offset
+    with open(path, "rb") as file:
+        ends = b"".join(
+            os.pread(file.fileno(), 4096, max(start, place)) for place in (start, start + chunk.total_compressed_size - 4096)
+        )
+    return found.total_byte_size, zlib.crc32(ends)
 
 
 def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | None, columns: Columns = COLUMNS) -> RowIndex:
@@ -296,17 +340,20 @@ def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | 
     """
     allowed = None if allowed_identities is None else pa.array(sorted(map(str, allowed_identities)), pa.large_string())
     files, paths, units, unit_of_row, row_of_row, marks = [], find_files(globs), [], [], [], []
+    stamps = [stamp(path) for path in paths]
     for number, path in enumerate(paths):
         parquet = open_parquet(path)
-        check_contract(path, parquet.schema_arrow, columns)
+        with naming(path):
+            check_contract(path, parquet.schema_arrow, columns)
         files.append(parquet.metadata)
         for group in range(parquet.num_row_groups):
-            identities = as_strings(parquet.read_row_group(group, columns=[columns.identity]).column(0), path, columns.identity)
+            identities = read_identities(parquet, path, group, columns)
             mask = (
                 np.ones(len(identities), bool) if allowed is None else pc.is_in(identities, allowed).to_numpy(zero_copy_only=False)
             )
             rows = np.flatnonzero(mask).astype(np.int32)
-            marks.append((path.name, group, parquet.metadata.row_group(group).total_byte_size, zlib.crc32(mask.tobytes())))
+            people = zlib.crc32("\n".join(identities.to_pylist()).encode())
+            marks.append((path.name, group, zlib.crc32(mask.tobytes()), people, *mark_pictures(path, parquet, group, columns)))
             if len(rows):
                 unit_of_row.append(np.full(len(rows), len(units), np.int32))
                 row_of_row.append(rows)
@@ -316,7 +363,9 @@ def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | 
             f"{globs}: no row of {len(paths)} files has an allowed identity; is split.out_dir the table of other data?"
         )
     fingerprint = digest(*marks)
-    return RowIndex(files, paths, np.array(units, np.int32), np.concatenate(unit_of_row), np.concatenate(row_of_row), fingerprint)
+    return RowIndex(
+        files, paths, np.array(units, np.int32), np.concatenate(unit_of_row), np.concatenate(row_of_row), fingerprint, stamps
+    )
 
 
 def place_of(index: RowIndex, i: int) -> tuple[Path, int]:
@@ -350,7 +399,8 @@ def lane_order(unit: np.ndarray, rng: np.random.Generator, shuffle_files: bool, 
     lanes = LANES if shuffle_files else 1
     lane, place = place % lanes, place // lanes  # [U]
     block = max(1, round(shuffle_buffer / lanes / (len(unit) / count)))  # row groups in a block
-    block_of = (place + lane * block // lanes) // block  # [U]
+    offset = lane * block // lanes if block * lanes < count else 0  # where a block holds the whole lane, nothing is cut
+    block_of = (place + offset) // block  # [U]
     key = rng.random(len(unit)) if shuffle_buffer > 1 else np.arange(len(unit))
     order = np.lexsort((key, block_of[unit], lane[unit]))
     starts = np.searchsorted(lane[unit][order], np.arange(lanes))
@@ -385,9 +435,14 @@ def read_rows(index: RowIndex, columns: Columns) -> Iterator[pa.Table]:
     starts = np.searchsorted(index.unit, np.arange(len(index.units) + 1))
     names = [columns.identity, columns.filename, columns.image]
     for unit, (number, group) in enumerate(index.units.tolist()):
-        parquet = open_parquet(index.paths[number], index.files[number])
-        table = parquet.read_row_group(group, columns=names, use_threads=False).select(names)
-        yield table.take(index.row[starts[unit] : starts[unit + 1]]).rename_columns(SHARD_SCHEMA.names).cast(SHARD_SCHEMA)
+        wanted, offset, parquet = index.row[starts[unit] : starts[unit + 1]], 0, open_indexed(index, number)
+        with naming(index.paths[number]):
+            for batch in parquet.iter_batches(ROW_GROUP_ROWS, row_groups=[group], columns=names, use_threads=False):
+                inside = wanted[(wanted >= offset) & (wanted < offset + len(batch))] - offset
+                offset += len(batch)
+                table = pa.Table.from_batches([batch]).select(names).rename_columns(SHARD_SCHEMA.names)
+                if len(inside):
+                    yield table.cast(SHARD_SCHEMA).take(inside)  # cast first: pyarrow cannot take from views
 
 
 def image_bytes_of(index: RowIndex, columns: Columns) -> int:
@@ -440,52 +495,6 @@ def scatter_rows(index: RowIndex, columns: Columns, shard_of: np.ndarray, folder
             bar.update(len(table))
 
 
-def materialize_split(
-    input_glob: str | Sequence[str], splits_table: str | Path, out_dir: str | Path, split_name: str, columns: Columns = COLUMNS
-) -> list[Path]:
-    """Write the rows of one side of the split as parquet shards below `out_dir`, images byte for byte; give the shards' paths.
-
-    Train shards are in one globally shuffled order, so that reading them in sequence is as good as a permutation: a first pass
-    deals the rows to buckets, a second one sorts each bucket in memory. The folder appears whole or not at all; a stopped run
-    goes on with the shards that it had finished, a finished one is left as it is. Raises OSError where the disk has no room.
-    """
-    out_dir, splits = Path(out_dir), read_identity_splits(splits_table)
-    index = build_index(input_glob, splits.identities[split_name], columns)
-    rows, size = len(index.unit), image_bytes_of(index, columns)
-    shuffled, count = split_name == "train", min(len(index.unit), -(-size // SHARD_BYTES))
-    note = {"split": split_name, "table": splits.hash, "source": index.fingerprint, "rows": rows, "shards": count}
-    names = [f"{out_dir.name}_{shard:05d}.parquet" for shard in range(count)]
-    if out_dir.exists() and all((out_dir / name).exists() and read_metadata(out_dir / name) == note for name in names):
-        return [out_dir / name for name in names]
-    part = out_dir.with_name(f".{out_dir.name}.part")
-    marker = part / "note.json"
-    if not marker.exists() or json.loads(marker.read_text()) != note:  # of another split, or none
-        shutil.rmtree(part, ignore_errors=True)
-        need_space(part, (2 if shuffled else 1) * size * 11 // 10, f"materialising {rows} {split_name} images")
-        with write_whole(marker) as temporary:
-            temporary.write_text(json.dumps(note))
-    order = np.random.default_rng(draw_seed(0, "materialize", rows)).permutation(rows) if shuffled else np.arange(rows)
-    shard_of = order * count // rows
-    buckets = part / "buckets"
-    with tqdm(total=rows * (1 + shuffled), desc=f"{split_name}/{out_dir.name}", unit="image") as bar:
-        if shuffled and not buckets.exists():
-            shutil.rmtree(part / "dealing", ignore_errors=True)
-            scatter_rows(index, columns, shard_of, part / "dealing", bar)
-            os.replace(part / "dealing", buckets)
-        sequence = None if shuffled else cut(read_rows(index, columns), np.bincount(shard_of))
-        for shard, name in enumerate(names):
-            tables = [sorted_bucket(buckets / f"{shard:05d}.arrow", order)] if shuffled else next(sequence)
-            if not (part / name).exists():
-                write_shard(part / name, tables, note)
-            bar.update(int((shard_of == shard).sum()))
-    shutil.rmtree(buckets, ignore_errors=True)
-    marker.unlink()
-    shutil.rmtree(out_dir, ignore_errors=True)
-    os.replace(part, out_dir)
-    sync_folder(out_dir.parent)
-    return [out_dir / name for name in names]
-
-
 def sorted_bucket(path: Path, order: np.ndarray) -> pa.Table:
     """Second pass: the rows of one shard in the global order."""
     table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
@@ -502,6 +511,57 @@ def cut(tables: Iterable[pa.Table], lengths: Iterable[int]) -> Iterator[list[pa.
             run.append(left.slice(0, missing))
             left, missing = left.slice(missing), missing - len(run[-1])
         yield run
+
+
+def materialize_split(
+    input_glob: str | Sequence[str], splits_table: str | Path, out_dir: str | Path, split_name: str, columns: Columns = COLUMNS
+) -> list[Path]:
+    """Write the rows of one side of the split as parquet shards below `out_dir`, images byte for byte; give the shards' paths.
+
+    Train shards are in one globally shuffled order, so that reading them in sequence is as good as a permutation: a first pass
+    deals the rows to buckets, a second one sorts each bucket in memory. The folder appears whole or not at all; a stopped run
+    goes on with the shards that it had finished, a finished one is left as it is. Raises OSError where the disk has no room.
+    """
+    out_dir, splits = Path(out_dir), read_identity_splits(splits_table)
+    if split_name not in splits.identities:
+        raise ValueError(f"split_name={split_name!r}: must be one of {sorted(splits.identities)}")
+    index = build_index(input_glob, splits.identities[split_name], columns)
+    rows, size = len(index.unit), image_bytes_of(index, columns)
+    shuffled, count = split_name == "train", min(len(index.unit), -(-size // SHARD_BYTES))
+    note = {"split": split_name, "table": splits.hash, "source": index.fingerprint, "rows": rows, "shards": count}
+    names = [f"{out_dir.name}_{shard:05d}.parquet" for shard in range(count)]
+    if out_dir.exists() and all((out_dir / name).exists() and read_metadata(out_dir / name) == note for name in names):
+        return [out_dir / name for name in names]
+    part = out_dir.with_name(f".{out_dir.name}.part")
+    marker = part / "note.json"
+    foreign = [p.name for p in out_dir.glob("*") if not re.fullmatch(re.escape(out_dir.name) + r"_\d{5}\.parquet", p.name)]
+    if foreign:
+        raise ValueError(f"{out_dir}: holds {foreign[:3]}, which is not ours to delete; choose another split.out_dir")
+    if not marker.exists() or json.loads(marker.read_text()) != note:  # of another split, or none
+        shutil.rmtree(part, ignore_errors=True)
+        need_space(part, (2 if shuffled else 1) * size * 11 // 10, f"materialising {rows} {split_name} images")
+        with write_whole(marker) as temporary:
+            temporary.write_text(json.dumps(note))
+    order = np.random.default_rng(draw_seed(0, "materialize", rows)).permutation(rows) if shuffled else np.arange(rows)
+    shard_of = order * count // rows
+    buckets = part / "buckets"
+    with tqdm(total=rows * (1 + shuffled), desc=f"{split_name}/{out_dir.name}", unit="image") as bar:
+        if shuffled and not buckets.exists() and not all((part / name).exists() for name in names):
+            shutil.rmtree(part / "dealing", ignore_errors=True)
+            scatter_rows(index, columns, shard_of, part / "dealing", bar)
+            os.replace(part / "dealing", buckets)
+        sequence = None if shuffled else cut(read_rows(index, columns), np.bincount(shard_of))
+        for shard, name in enumerate(names):
+            tables = None if shuffled else next(sequence)  # in order: what is there already is skipped by reading
+            if not (part / name).exists():
+                write_shard(part / name, [sorted_bucket(buckets / f"{shard:05d}.arrow", order)] if shuffled else tables, note)
+            bar.update(int((shard_of == shard).sum()))
+    shutil.rmtree(buckets, ignore_errors=True)
+    marker.unlink()
+    shutil.rmtree(out_dir, ignore_errors=True)
+    os.replace(part, out_dir)
+    sync_folder(out_dir.parent)
+    return [out_dir / name for name in names]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -552,9 +612,11 @@ class BadImages:
 
     def __init__(self, max_fraction: float, instead: str):
         self.max_fraction, self.instead, self.found, self.lock = max_fraction, instead, {}, threading.Lock()
+        self.first_met: dict[tuple[Path, int], int] = {}  # number of the image that met it: threads decode ahead
 
-    def add(self, path: Path, row: int, reason: str) -> None:
+    def add(self, path: Path, row: int, reason: str, met: int = 0) -> None:
         with self.lock:
+            self.first_met[path, row] = min(met, self.first_met.get((path, row), met))
             if (path, row) not in self.found:
                 self.found[path, row] = reason
                 if len(self.found) <= 10:
@@ -564,10 +626,15 @@ class BadImages:
         """Raise ValueError if more than the allowed fraction of `seen` images is broken; judged from 1,000 on, or the whole
         source.
         """
-        if seen >= min(1000, whole) and len(self.found) > self.max_fraction * seen:
+        limit = self.max_fraction * min(seen, whole)
+        if seen < min(1000, whole) or len(self.found) <= limit:
+            return
+        with self.lock:
+            count = sum(met < seen for met in self.first_met.values())
+        if count > limit:
             (path, row), reason = next(iter(self.found.items()))
             raise ValueError(
-                f"{len(self.found)} of {seen} images are broken, more than data.max_bad_fraction={self.max_fraction}; "
+                f"{count} of {min(seen, whole)} images are broken, more than data.max_bad_fraction={self.max_fraction}; "
                 f"the first: {path} row {row} ({reason})"
             )
 
@@ -575,6 +642,48 @@ class BadImages:
 # ---------------------------------------------------------------------------------------------------------------------
 # Streams: an endless sequence of images, addressed by number
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_batches(
+    sources: Sequence, drawn: Callable[[int], Sequence[int]], start: int, stop: int, device: torch.device | str = "cpu",
+    workers: int | None = None,
+) -> Iterator[Tensor]:  # fmt: skip
+    """Yield the images of steps start..stop-1 as uint8 [B, 3, S, S], channels last in memory, on `device`.
+
+    `drawn(step)` says how many images of each source came before that step: the whole state of a loader. Threads decode PREFETCH
+    batches ahead; an error in a thread is raised here.
+    """
+    device, size = torch.device(device), sources[0].image_size
+    resident = sources[0].on_device
+    pending: deque[tuple[int, Tensor, list[Future]]] = deque()
+
+    def begin(step: int) -> None:
+        ranges = list(zip(sources, drawn(step), drawn(step + 1), strict=True))
+        rows = sum(last - first for _, first, last in ranges)
+        where = {"device": device} if resident else {"pin_memory": device.type == "cuda"}
+        images, done, futures = torch.empty(rows, size, size, 3, dtype=torch.uint8, **where), 0, []
+        for source, first, last in ranges:
+            if last > first:
+                futures += source.submit(pool, first, last, images[done : done + last - first])
+            done += last - first
+        pending.append((step, images, futures))
+
+    with ThreadPoolExecutor(workers or os.cpu_count(), "decode") as pool:
+        try:
+            for step in range(start, stop + PREFETCH):
+                if step < stop:
+                    begin(step)
+                if step - start >= PREFETCH:
+                    finished, images, futures = pending.popleft()
+                    for future in futures:
+                        future.result()
+                    for source, last in zip(sources, drawn(finished + 1), strict=True):
+                        source.bad.judge(last, whole=len(source))
+                    yield images.to(device, non_blocking=True).permute(0, 3, 1, 2)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            for source in sources:
+                source.next_image = -1  # reads that were cancelled must not be waited for
 
 
 class ParquetImageStream:
@@ -586,7 +695,7 @@ class ParquetImageStream:
     images mix at a time (0: no shuffling inside). batch_read_rows: rows that are read at a time. allowed_identities: None for all.
     """
 
-    order_kind = "lanes"
+    order_kind, on_device = "lanes", False
 
     def __init__(
         self, globs: str | Sequence[str], shuffle_files: bool = True, shuffle_buffer: int = 8192, batch_read_rows: int = 256,
@@ -630,7 +739,7 @@ class ParquetImageStream:
         path, wanted = self.index.paths[number], self.index.row[self.starts[unit] : self.starts[unit + 1]]
         parts, offset = [], 0
         try:
-            parquet = open_parquet(path, self.index.files[number])
+            parquet = open_indexed(self.index, number)
             for batch in parquet.iter_batches(
                 self.batch_read_rows, row_groups=[group], columns=[self.columns.image], use_threads=False
             ):
@@ -645,7 +754,7 @@ class ParquetImageStream:
             )
         return pa.concat_arrays(parts)
 
-    def decode_row(self, unit: int, place: int, encoded: pa.LargeBinaryArray) -> np.ndarray:
+    def decode_row(self, unit: int, place: int, encoded: pa.LargeBinaryArray, image: int) -> np.ndarray:
         """Decode one image; for a broken one the next readable one of the row group, going round, then of the next row groups."""
         for step in range(len(self.index.units)):
             for i in range(len(encoded)):
@@ -654,18 +763,18 @@ class ParquetImageStream:
                     data = encoded[candidate].as_buffer() if encoded[candidate].is_valid else b""
                     return decode_image(data, self.image_size, self.max_pixels)
                 except ValueError as error:
-                    self.bad.add(*place_of(self.index, int(self.starts[unit]) + candidate), str(error))
+                    self.bad.add(*place_of(self.index, int(self.starts[unit]) + candidate), str(error), image)
             unit, place = (unit + 1) % len(self.index.units), 0
             encoded = self.read_unit(unit) if step + 1 < len(self.index.units) else encoded
         raise ValueError(
             f"{self.globs}: not one of {len(self)} images can be decoded; the first: {next(iter(self.bad.found.items()))}"
         )
 
-    def decode_rows(self, rows: np.ndarray, encoded: dict[int, Future], out: np.ndarray) -> None:
+    def decode_rows(self, rows: np.ndarray, encoded: dict[int, Future], out: np.ndarray, first: int) -> None:
         """Decode rows of the index into out [len(rows), S, S, 3]; waits for their row groups, whose reading started before."""
-        for row, target in zip(rows.tolist(), out, strict=True):
+        for image, (row, target) in enumerate(zip(rows.tolist(), out, strict=True), first):
             unit = int(self.index.unit[row])
-            target[:] = self.decode_row(unit, row - int(self.starts[unit]), encoded[unit].result())
+            target[:] = self.decode_row(unit, row - int(self.starts[unit]), encoded[unit].result(), image)
 
     def submit(self, pool: ThreadPoolExecutor, first: int, stop: int, out: Tensor) -> list[Future]:
         """Start to decode images first..stop-1 of the sequence into uint8 [stop - first, S, S, 3]. For one caller, in order.
@@ -689,7 +798,7 @@ class ParquetImageStream:
             for start in range(0, len(rows), TASK_IMAGES):
                 part = rows[start : start + TASK_IMAGES]
                 target = out[done + start : done + start + len(part)].numpy()
-                futures.append(pool.submit(self.decode_rows, part, encoded, target))
+                futures.append(pool.submit(self.decode_rows, part, encoded, target, first + done + start))
             done += len(rows)
             self.to_come[number][units] -= uses
             for unit in units[self.to_come[number][units] == 0].tolist():  # its last image: tasks hold what they still need
@@ -708,93 +817,6 @@ class ParquetImageStream:
             self.globs, False, 0, self.batch_read_rows, None, columns=self.columns, image_size=self.image_size, seed=self.seed,
             max_bad_fraction=self.bad.max_fraction, max_image_pixels=self.max_pixels, index=self.index,
         )  # fmt: skip
-
-
-def load_batches(
-    sources: Sequence, drawn: Callable[[int], Sequence[int]], start: int, stop: int, device: torch.device | str = "cpu",
-    workers: int | None = None,
-) -> Iterator[Tensor]:  # fmt: skip
-    """Yield the images of steps start..stop-1 as uint8 [B, 3, S, S], channels last in memory, on `device`.
-
-    `drawn(step)` says how many images of each source came before that step: the whole state of a loader. Threads decode PREFETCH
-    batches ahead; an error in a thread is raised here.
-    """
-    device, size = torch.device(device), sources[0].image_size
-    resident = isinstance(sources[0], DeviceCache)
-    pending: deque[tuple[int, Tensor, list[Future]]] = deque()
-
-    def begin(step: int) -> None:
-        ranges = list(zip(sources, drawn(step), drawn(step + 1), strict=True))
-        rows = sum(last - first for _, first, last in ranges)
-        where = {"device": device} if resident else {"pin_memory": device.type == "cuda"}
-        images, done, futures = torch.empty(rows, size, size, 3, dtype=torch.uint8, **where), 0, []
-        for source, first, last in ranges:
-            if last > first:
-                futures += source.submit(pool, first, last, images[done : done + last - first])
-            done += last - first
-        pending.append((step, images, futures))
-
-    with ThreadPoolExecutor(workers or os.cpu_count(), "decode") as pool:
-        try:
-            for step in range(start, stop + PREFETCH):
-                if step < stop:
-                    begin(step)
-                if step - start >= PREFETCH:
-                    finished, images, futures = pending.popleft()
-                    for future in futures:
-                        future.result()
-                    for source, last in zip(sources, drawn(finished + 1), strict=True):
-                        source.bad.judge(min(last, len(source)), whole=len(source))
-                    yield images.to(device, non_blocking=True).permute(0, 3, 1, 2)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-class DecodedCache:
-    """The images of a stream, decoded once into a memory map uint8 [N, S, S, 3]; a true permutation of all of them each pass."""
-
-    order_kind = "permutation"
-
-    def __init__(self, stream: ParquetImageStream, folder: str | Path, workers: int | None = None):
-        self.seed, self.image_size, self.bad = stream.seed, stream.image_size, stream.bad
-        self.fingerprint = digest(self.order_kind, stream.index.fingerprint)
-        self.images: np.ndarray | Tensor = open_cache(stream, Path(folder), workers)
-        self.order = functools.lru_cache(maxsize=2)(self.order)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    rows = ParquetImageStream.rows
-
-    def order(self, number: int) -> np.ndarray:
-        return np.random.default_rng(draw_seed(self.seed, "order", number)).permutation(len(self))
-
-    def submit(self, pool: ThreadPoolExecutor, first: int, stop: int, out: Tensor) -> list[Future]:
-        """Start to copy images first..stop-1 of the sequence into uint8 [stop - first, S, S, 3]."""
-        rows = np.concatenate([rows for _, rows in self.rows(first, stop)])
-        parts = [(rows[i : i + TASK_IMAGES], out[i : i + TASK_IMAGES].numpy()) for i in range(0, len(rows), TASK_IMAGES)]
-        return [pool.submit(np.take, self.images, part, 0, target, "clip") for part, target in parts]
-
-
-class DeviceCache(DecodedCache):
-    """A `DecodedCache` copied to the device once: no work on the CPU per image at all. The order is the same."""
-
-    def __init__(self, stream: ParquetImageStream, folder: str | Path, workers: int | None, device: torch.device):
-        super().__init__(stream, folder, workers)
-        decoded, need = self.images, self.images.nbytes
-        if device.type == "cuda" and need > 0.6 * torch.cuda.mem_get_info(device)[0]:
-            raise ValueError(
-                f"data.cache=device: {need / 1e9:.1f} GB of images do not fit beside the training on {device}; set "
-                f"data.cache=decoded"
-            )
-        self.images = torch.empty(decoded.shape, dtype=torch.uint8, device=device)
-        for start in range(0, len(decoded), CACHE_CHUNK):
-            self.images[start : start + CACHE_CHUNK] = torch.from_numpy(np.array(decoded[start : start + CACHE_CHUNK]))
-
-    def submit(self, pool: ThreadPoolExecutor, first: int, stop: int, out: Tensor) -> list[Future]:
-        rows = np.concatenate([rows for _, rows in self.rows(first, stop)])
-        torch.index_select(self.images, 0, torch.from_numpy(rows).to(out.device, non_blocking=True), out=out)
-        return []
 
 
 def open_cache(stream: ParquetImageStream, folder: Path, workers: int | None) -> np.memmap:
@@ -829,6 +851,10 @@ def open_cache(stream: ParquetImageStream, folder: Path, workers: int | None) ->
                     temporary.write_text(json.dumps(sums))
                 bar.update(len(batch))
         os.replace(part, final)
+    if final.stat().st_size != math.prod(shape):
+        raise ValueError(
+            f"{final}: has {final.stat().st_size} bytes instead of {math.prod(shape)}; delete it, it will be made again"
+        )
     images = np.memmap(final, np.uint8, "r", shape=shape)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # crc32 releases the GIL
         found = list(pool.map(lambda c: zlib.crc32(images[c * CACHE_CHUNK : (c + 1) * CACHE_CHUNK]), range(chunks)))
@@ -838,6 +864,76 @@ def open_cache(stream: ParquetImageStream, folder: Path, workers: int | None) ->
             f"delete it, it will be made again"
         )
     return images
+
+
+class DecodedCache:
+    """The images of a stream, decoded once into a memory map uint8 [N, S, S, 3]; a true permutation of all of them each pass."""
+
+    order_kind, on_device = "permutation", False
+
+    def __init__(self, stream: ParquetImageStream, folder: str | Path, workers: int | None = None):
+        self.seed, self.image_size, self.bad = stream.seed, stream.image_size, stream.bad
+        self.fingerprint = digest(self.order_kind, stream.index.fingerprint)
+        self.images: np.ndarray | Tensor = open_cache(stream, Path(folder), workers)
+        self.order = functools.lru_cache(maxsize=2)(self.order)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    rows = ParquetImageStream.rows
+
+    def order(self, number: int) -> np.ndarray:
+        return np.random.default_rng(draw_seed(self.seed, "order", number)).permutation(len(self))
+
+    def submit(self, pool: ThreadPoolExecutor, first: int, stop: int, out: Tensor) -> list[Future]:
+        """Start to copy images first..stop-1 of the sequence into uint8 [stop - first, S, S, 3]."""
+        rows = np.concatenate([rows for _, rows in self.rows(first, stop)])
+        parts = [(rows[i : i + TASK_IMAGES], out[i : i + TASK_IMAGES].numpy()) for i in range(0, len(rows), TASK_IMAGES)]
+        return [pool.submit(np.take, self.images, part, 0, target, "clip") for part, target in parts]
+
+
+class DeviceCache(DecodedCache):
+    """A `DecodedCache` copied to the device once: no work on the CPU per image at all. The order is the same."""
+
+    on_device = True
+
+    def __init__(self, stream: ParquetImageStream, folder: str | Path, workers: int | None, device: torch.device):
+        super().__init__(stream, folder, workers)
+        decoded, need = self.images, self.images.nbytes
+        if device.type == "cuda" and need > 0.6 * torch.cuda.mem_get_info(device)[0]:
+            raise ValueError(
+                f"data.cache=device: {need / 1e9:.1f} GB of images do not fit beside the training on {device}; set "
+                f"data.cache=decoded"
+            )
+        self.images = torch.empty(decoded.shape, dtype=torch.uint8, device=device)
+        for start in range(0, len(decoded), CACHE_CHUNK):
+            self.images[start : start + CACHE_CHUNK] = torch.from_numpy(np.array(decoded[start : start + CACHE_CHUNK]))
+
+    def submit(self, pool: ThreadPoolExecutor, first: int, stop: int, out: Tensor) -> list[Future]:
+        rows = np.concatenate([rows for _, rows in self.rows(first, stop)])
+        torch.index_select(self.images, 0, torch.from_numpy(rows).to(out.device, non_blocking=True), out=out)
+        return []
+
+
+def shuffle_quality(stream: ParquetImageStream, queue_size: int) -> float:
+    """How many times as often the queue holds other pictures of an image's person as under a true shuffle of the same rows.
+
+    Identities are read again for this figure only. 1 is ideal; nan where nobody has two pictures.
+    """
+    index, codes, known = stream.index, [], {}
+    for number, group in index.units.tolist():
+        column = (
+            open_parquet(index.paths[number], index.files[number])
+            .read_row_group(group, columns=[stream.columns.identity])
+            .column(0)
+        )
+        names = as_strings(column, index.paths[number], stream.columns.identity).to_pylist()
+        codes.append(np.array([known.setdefault(name, len(known)) for name in names]))
+    starts = np.searchsorted(index.unit, np.arange(len(index.units) + 1))
+    kept = np.concatenate([part[index.row[a:b]] for part, a, b in zip(codes, starts[:-1], starts[1:], strict=True)])
+    true_shuffle = np.random.default_rng(0).permutation(len(kept))
+    ideal = repeats_in_queue(kept[true_shuffle], queue_size)
+    return repeats_in_queue(kept[stream.order(0)], queue_size) / ideal if ideal else float("nan")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -960,7 +1056,7 @@ def draw_strengths(cfg: AugmentConfig, count: int, generator: torch.Generator) -
     applies = gate < chance
     if cfg.pick:
         scores = torch.cat([gate.masked_fill(chance == 0, -1), torch.rand(1, count, generator=generator)])
-        applies = (scores >= scores.topk(cfg.pick, dim=0).values[-1])[:-1] & (chance > 0)
+        applies = (scores >= scores.topk(min(cfg.pick, len(scores)), dim=0).values[-1])[:-1] & (chance > 0)
     even = torch.rand(len(ops), count, generator=generator)
     strengths = {}
     for row, (name, op) in enumerate(ops.items()):
@@ -1032,6 +1128,10 @@ def blur(x: Tensor, sigma_px: Tensor) -> Tensor:
     return F.conv2d(F.conv2d(flat, kernel, groups=n * c), kernel.transpose(2, 3), groups=n * c).view(n, c, h, w)
 
 
+def per_image(values: Tensor, x: Tensor) -> Tensor:
+    return values.to(x.device, x.dtype).view(-1, 1, 1, 1)
+
+
 def sharpen(x: Tensor, factor: Tensor) -> Tensor:
     """Blend with the smoothed picture: 0 is smooth, 1 as it was, 2 sharp."""
     kernel = torch.tensor([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]], device=x.device).div(13).expand(3, 1, 3, 3)
@@ -1042,7 +1142,7 @@ def sharpen(x: Tensor, factor: Tensor) -> Tensor:
 def posterise(x: Tensor, bits: Tensor) -> Tensor:
     """Keep the highest `bits` [n] of each 8-bit value."""
     step = per_image(2 ** (8 - bits.round()), x)
-    return ((x + 1) * 127.5 / step).floor() * step / 127.5 - 1
+    return (((x + 1) * 127.5).round() / step).floor() * step / 127.5 - 1
 
 
 def solarise(x: Tensor, threshold: Tensor) -> Tensor:
@@ -1062,17 +1162,15 @@ def equalise(x: Tensor, _: Tensor) -> Tensor:
     counts = torch.zeros(*levels.shape[:2], 256, device=x.device).scatter_add_(
         2, levels, torch.ones_like(levels, dtype=torch.float)
     )
-    return (counts.cumsum(2) / levels.shape[2] * 2 - 1).gather(2, levels).view_as(x)
+    others = levels.shape[2] - counts.gather(2, levels.amax(2, keepdim=True))  # [n, 3, 1]: pixels below the brightest level
+    table = (counts.cumsum(2) - counts) / others.clamp(min=1) * 2 - 1  # the darkest level goes to -1, the brightest to 1
+    return torch.where(others[..., None] > 0, table.gather(2, levels).view_as(x), x)
 
 
 FILTERS = {
     "low_resolution": to_low_resolution, "blur": blur, "sharpness": sharpen, "posterise": posterise, "solarise": solarise,
     "autocontrast": autocontrast, "equalise": equalise,
 }  # fmt: skip
-
-
-def per_image(values: Tensor, x: Tensor) -> Tensor:
-    return values.to(x.device, x.dtype).view(-1, 1, 1, 1)
 
 
 def erase(x: Tensor, area: Tensor, generator: torch.Generator) -> Tensor:
@@ -1086,6 +1184,20 @@ def erase(x: Tensor, area: Tensor, generator: torch.Generator) -> Tensor:
         :, :, None
     ]
     return torch.where(inside[:, None], (u[3:].T * 2 - 1)[:, :, None, None], x)
+
+
+def on_rows(x: Tensor, strength: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Replace the images whose strength is not 0 by `function(images, strength)`. `strength` [n] is on the CPU."""
+    rows = strength.nonzero().squeeze(1)
+    if len(rows):
+        where = rows.to(x.device, non_blocking=True)
+        x[where] = function(x[where], strength[rows])
+    return x
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 [n, 3, S, S] -> float in [-1, 1] (mean = std = 0.5), the preprocessing of training and of embed."""
+    return images.float() / 127.5 - 1
 
 
 @torch.no_grad()
@@ -1111,20 +1223,6 @@ def augment(images: Tensor, cfg: AugmentConfig, generator: torch.Generator) -> T
     )
     x = on_rows(x, s["erase"], lambda part, area: erase(part, area, generator))
     return x.clamp_(-1, 1)
-
-
-def on_rows(x: Tensor, strength: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Replace the images whose strength is not 0 by `function(images, strength)`. `strength` [n] is on the CPU."""
-    rows = strength.nonzero().squeeze(1)
-    if len(rows):
-        where = rows.to(x.device, non_blocking=True)
-        x[where] = function(x[where], strength[rows])
-    return x
-
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 [n, 3, S, S] -> float in [-1, 1] (mean = std = 0.5), the preprocessing of training and of embed."""
-    return images.float() / 127.5 - 1
 
 
 def two_views(images: Tensor, cfg: AugmentConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -213,6 +213,18 @@ class StepOutput(NamedTuple):
     spread: Tensor  # [] of the queries: 1 is evenly spread over the sphere, 0 a collapse to one point
 
 
+def split_evenly(rows: Tensor, groups: int) -> tuple[Tensor, ...]:
+    """Split [N] into `groups` runs whose lengths differ by at most one, so that none is too short to be normalised."""
+    return torch.tensor_split(rows, groups)
+
+
+def spread_of(unit_rows: Tensor) -> Tensor:
+    """Mean standard deviation per dimension times sqrt(D) of unit rows [B, D] -> []: about 1 when spread evenly, 0 when
+    collapsed.
+    """
+    return unit_rows.std(dim=0, correction=0).mean() * math.sqrt(unit_rows.shape[1])
+
+
 class MoCo(nn.Module):
     """Query encoder, momentum key encoder and a queue of keys (MoCo, arXiv:1911.05722), with MarginNCE.
 
@@ -300,18 +312,6 @@ def build_moco(backbone: BackboneConfig, cfg: MocoConfig) -> MoCo:
     )  # fmt: skip
 
 
-def split_evenly(rows: Tensor, groups: int) -> tuple[Tensor, ...]:
-    """Split [N] into `groups` runs whose lengths differ by at most one, so that none is too short to be normalised."""
-    return torch.tensor_split(rows, groups)
-
-
-def spread_of(unit_rows: Tensor) -> Tensor:
-    """Mean standard deviation per dimension times sqrt(D) of unit rows [B, D] -> []: about 1 when spread evenly, 0 when
-    collapsed.
-    """
-    return unit_rows.std(dim=0, correction=0).mean() * math.sqrt(unit_rows.shape[1])
-
-
 def key_momentum_at(progress: float, base: float, schedule: str) -> float:
     """Key momentum at `progress` in [0, 1] of the training: constant, or from `base` to 1 along a cosine (BYOL,
     arXiv:2006.07733).
@@ -341,6 +341,15 @@ def calibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _refuse(bad: np.ndarray, place: str, what: str, cure: str) -> None:
+    if bad.any():
+        raise ValueError(f"{place}: {int(bad.sum())} of {len(bad)} vectors {what}, first row {int(bad.argmax())}; {cure}")
+
+
+def _parts(rows: np.ndarray, size: int = 2**15) -> Iterator[np.ndarray]:
+    return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
 def check_vectors(embeddings: np.ndarray, place: str = "embeddings") -> None:
     """Refuse float vectors [N, D] that would make every figure wrong: none, NaN or infinite, not of unit length, all equal.
 
@@ -368,15 +377,6 @@ def check_vectors(embeddings: np.ndarray, place: str = "embeddings") -> None:
         )
 
 
-def _refuse(bad: np.ndarray, place: str, what: str, cure: str) -> None:
-    if bad.any():
-        raise ValueError(f"{place}: {int(bad.sum())} of {len(bad)} vectors {what}, first row {int(bad.argmax())}; {cure}")
-
-
-def _parts(rows: np.ndarray, size: int = 2**15) -> Iterator[np.ndarray]:
-    return (rows[start : start + size] for start in range(0, len(rows), size))
-
-
 class Enrolment(NamedTuple):
     """Who is in the gallery. Rows are numbers into the file, ordered by (name, key) whatever the order of the file."""
 
@@ -385,6 +385,26 @@ class Enrolment(NamedTuple):
     probes: np.ndarray  # [P] other rows of enrolled identities
     unknown: np.ndarray  # [U] all rows of identities that were left out of the gallery
     distractors: int  # identities enrolled whole: in the gallery, without a probe
+
+
+def _draw(seed: int, purpose: str, *columns: np.ndarray) -> np.ndarray:
+    """One uint64 [N] a row, hashed from the seed, the purpose and the row's strings: equal on every machine, in any order."""
+
+    def number(*parts: str) -> int:
+        text = "\x1f".join((str(seed), purpose, *parts)).encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+    return np.fromiter(map(number, *(column.tolist() for column in columns)), np.uint64, len(columns[0]))
+
+
+def _refuse_doubles(names: np.ndarray, keys: np.ndarray) -> None:
+    """An image that stands twice in the file could be enrolled and probed with at once: sorted rows [N] make it a neighbour."""
+    twice = np.flatnonzero((names[1:] == names[:-1]) & (keys[1:] == keys[:-1]))
+    if len(twice):
+        raise ValueError(
+            f"enrol: {len(twice)} rows repeat an image, first '{keys[twice[0]]}' of identity '{names[twice[0]]}': "
+            "it could be enrolled and probed with at once; write each image once"
+        )
 
 
 def enrol(names: np.ndarray, keys: np.ndarray, per_id: int, seed: int, open_set_share: float = 0.0) -> Enrolment:
@@ -417,26 +437,6 @@ def enrol(names: np.ndarray, keys: np.ndarray, per_id: int, seed: int, open_set_
         )
     distractors = int(((count <= per_id) & ~left_out).sum())
     return Enrolment(identity, first, rest, order[is_unknown], distractors)
-
-
-def _draw(seed: int, purpose: str, *columns: np.ndarray) -> np.ndarray:
-    """One uint64 [N] a row, hashed from the seed, the purpose and the row's strings: equal on every machine, in any order."""
-
-    def number(*parts: str) -> int:
-        text = "\x1f".join((str(seed), purpose, *parts)).encode()
-        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
-
-    return np.fromiter(map(number, *(column.tolist() for column in columns)), np.uint64, len(columns[0]))
-
-
-def _refuse_doubles(names: np.ndarray, keys: np.ndarray) -> None:
-    """An image that stands twice in the file could be enrolled and probed with at once: sorted rows [N] make it a neighbour."""
-    twice = np.flatnonzero((names[1:] == names[:-1]) & (keys[1:] == keys[:-1]))
-    if len(twice):
-        raise ValueError(
-            f"enrol: {len(twice)} rows repeat an image, first '{keys[twice[0]]}' of identity '{names[twice[0]]}': "
-            "it could be enrolled and probed with at once; write each image once"
-        )
 
 
 class Gallery(NamedTuple):
@@ -481,6 +481,15 @@ class Found(NamedTuple):
     score: np.ndarray  # [N, K] their cosines, falling
 
 
+def _rank_among(score: np.ndarray, owner: np.ndarray, own: np.ndarray, k: int, whole: bool) -> np.ndarray:
+    """Rank of template own [N] among the returned rows (score, owner [N, K]); k + 1 unless they prove that it is within k."""
+    best = np.where(owner == own[:, None], score, -np.inf).max(axis=1, keepdims=True) - TIE  # [N, 1]
+    ahead = np.sort(np.where(score >= best, owner, -1), axis=1)
+    templates = (ahead[:, :1] >= 0).sum(axis=1) + ((ahead[:, 1:] != ahead[:, :-1]) & (ahead[:, 1:] >= 0)).sum(axis=1)
+    is_shown = np.isfinite(best[:, 0]) & (whole | (score[:, -1] < best[:, 0]))
+    return np.where(is_shown, np.minimum(templates, k + 1), k + 1)
+
+
 def search(probes: np.ndarray, own: np.ndarray, gallery: Gallery, k: int = 20) -> Found:
     """The k nearest templates of each probe by FAISS `IndexFlatIP`, and the rank of its own.
 
@@ -501,19 +510,23 @@ def search(probes: np.ndarray, own: np.ndarray, gallery: Gallery, k: int = 20) -
     return Found(*map(np.concatenate, zip(*found, strict=True)))
 
 
-def _rank_among(score: np.ndarray, owner: np.ndarray, own: np.ndarray, k: int, whole: bool) -> np.ndarray:
-    """Rank of template own [N] among the returned rows (score, owner [N, K]); k + 1 unless they prove that it is within k."""
-    best = np.where(owner == own[:, None], score, -np.inf).max(axis=1, keepdims=True) - TIE  # [N, 1]
-    ahead = np.sort(np.where(score >= best, owner, -1), axis=1)
-    templates = (ahead[:, :1] >= 0).sum(axis=1) + ((ahead[:, 1:] != ahead[:, :-1]) & (ahead[:, 1:] >= 0)).sum(axis=1)
-    is_shown = np.isfinite(best[:, 0]) & (whole | (score[:, -1] < best[:, 0]))
-    return np.where(is_shown, np.minimum(templates, k + 1), k + 1)
-
-
 class Compared(NamedTuple):
     rank: np.ndarray  # [N] exact rank of the true template in the whole gallery, ties against us
     genuine: np.ndarray  # [N] cosine with the true template
     impostors: np.ndarray  # [2 GRID] how many of the other N (G - 1) pairs have a cosine in each step of 1 / GRID from -1
+
+
+def step_of(score: np.ndarray) -> np.ndarray:
+    """The step of the grid in which a cosine lies, int64 in [0, 2 GRID)."""
+    return np.clip((score + 1) * GRID, 0, 2 * GRID - 1).astype(np.int64)
+
+
+def count_scores(score: np.ndarray, into: np.ndarray | None = None) -> np.ndarray:
+    """Add cosines of any shape to a table of counts [2 GRID], by default an empty one."""
+    into = np.zeros(2 * GRID, np.int64) if into is None else into
+    for part in _parts(score.reshape(-1), 2**16):  # small enough to stay in the cache
+        np.add.at(into, step_of(part), 1)
+    return into
 
 
 def compare(probes: np.ndarray, own: np.ndarray, gallery: Gallery) -> Compared:
@@ -538,19 +551,6 @@ def compare(probes: np.ndarray, own: np.ndarray, gallery: Gallery) -> Compared:
     return Compared(rank, genuine, impostors)
 
 
-def step_of(score: np.ndarray) -> np.ndarray:
-    """The step of the grid in which a cosine lies, int64 in [0, 2 GRID)."""
-    return np.clip((score + 1) * GRID, 0, 2 * GRID - 1).astype(np.int64)
-
-
-def count_scores(score: np.ndarray, into: np.ndarray | None = None) -> np.ndarray:
-    """Add cosines of any shape to a table of counts [2 GRID], by default an empty one."""
-    into = np.zeros(2 * GRID, np.int64) if into is None else into
-    for part in _parts(score.reshape(-1), 2**16):  # small enough to stay in the cache
-        np.add.at(into, step_of(part), 1)
-    return into
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures as columns
 # ---------------------------------------------------------------------------------------------------------------------
@@ -560,6 +560,12 @@ def closed_set(rank: np.ndarray, k: int = 20, exact: bool = True) -> Columns:
     """CMC columns rank1 .. rank<k> and, from exact ranks (`compare`), the reciprocal rank; ranks [N] count from 1."""
     columns = {f"rank{at}": rank <= at for at in range(1, k + 1)}
     return columns | {"mrr": 1 / rank} if exact else columns
+
+
+def _steps_at(impostors: np.ndarray, rates: np.ndarray) -> np.ndarray:
+    """The lowest step at or above which lie at most a share `rates` of the impostors; 2 GRID is above all."""
+    above = np.cumsum(impostors[::-1])  # of the highest 1, 2, ... steps
+    return 2 * GRID - np.searchsorted(above, np.floor(rates * above[-1] + 1e-9), side="right")
 
 
 def thresholds(impostors: np.ndarray, rates: list[float]) -> dict[float, float | None]:
@@ -573,15 +579,24 @@ def thresholds(impostors: np.ndarray, rates: list[float]) -> dict[float, float |
     return {r: float(at / GRID - 1) if n >= MIN_ERRORS else None for r, n, at in zip(rates, allowed, steps, strict=True)}
 
 
-def _steps_at(impostors: np.ndarray, rates: np.ndarray) -> np.ndarray:
-    """The lowest step at or above which lie at most a share `rates` of the impostors; 2 GRID is above all."""
-    above = np.cumsum(impostors[::-1])  # of the highest 1, 2, ... steps
-    return 2 * GRID - np.searchsorted(above, np.floor(rates * above[-1] + 1e-9), side="right")
-
-
 def is_match(score: np.ndarray, threshold: float) -> np.ndarray:
     """Whether scores reach a threshold, judged on the grid as the thresholds were; a threshold of 1 lies above all."""
     return step_of(score) >= round((threshold + 1) * GRID)
+
+
+def equal_error(genuine: np.ndarray, impostors: np.ndarray) -> tuple[float, int, float]:
+    """Where false matches and misses are equally frequent: the rate, on the line between points of the ROC, and its step.
+
+    Third, the share of a small rise of the miss rate by which that point rises: the two curves' slopes within 0.02 around it.
+    """
+    false_match = 1 - np.concatenate([[0], np.cumsum(impostors)]) / impostors.sum()  # [2 GRID + 1] by step of the threshold
+    missed = np.concatenate([[0], np.cumsum(np.bincount(step_of(genuine), minlength=2 * GRID))]) / len(genuine)
+    at = int((missed >= false_match).argmax())  # at least 1: at step 0 all match
+    before, after = false_match[at - 1] - missed[at - 1], missed[at] - false_match[at]
+    rate = missed[at - 1] + (missed[at] - missed[at - 1]) * before / (before + after)
+    left, right = max(at - GRID // 50, 0), min(at + GRID // 50, 2 * GRID)
+    fall, rise = false_match[left] - false_match[right], missed[right] - missed[left]
+    return float(rate), at, float(fall / (fall + rise)) if fall + rise > 0 else 1.0
 
 
 def verification(genuine: np.ndarray, impostors: np.ndarray, fars: list[float]) -> tuple[Columns, dict[float, float | None]]:
@@ -600,21 +615,6 @@ def verification(genuine: np.ndarray, impostors: np.ndarray, fars: list[float]) 
     missed = step < crossing
     columns["eer"] = rate + share * (missed - missed.mean())  # more misses move the crossing by a share of themselves
     return columns, at
-
-
-def equal_error(genuine: np.ndarray, impostors: np.ndarray) -> tuple[float, int, float]:
-    """Where false matches and misses are equally frequent: the rate, on the line between points of the ROC, and its step.
-
-    Third, the share of a small rise of the miss rate by which that point rises: the two curves' slopes within 0.02 around it.
-    """
-    false_match = 1 - np.concatenate([[0], np.cumsum(impostors)]) / impostors.sum()  # [2 GRID + 1] by step of the threshold
-    missed = np.concatenate([[0], np.cumsum(np.bincount(step_of(genuine), minlength=2 * GRID))]) / len(genuine)
-    at = int((missed >= false_match).argmax())  # at least 1: at step 0 all match
-    before, after = false_match[at - 1] - missed[at - 1], missed[at] - false_match[at]
-    rate = missed[at - 1] + (missed[at] - missed[at - 1]) * before / (before + after)
-    left, right = max(at - GRID // 50, 0), min(at + GRID // 50, 2 * GRID)
-    fall, rise = false_match[left] - false_match[right], missed[right] - missed[left]
-    return float(rate), at, float(fall / (fall + rise)) if fall + rise > 0 else 1.0
 
 
 def roc(genuine: np.ndarray, impostors: np.ndarray, points: int = 200) -> dict[str, np.ndarray]:
@@ -659,6 +659,18 @@ class PairAccuracy(NamedTuple):
     threshold: np.ndarray  # [F] each chosen on the other folds
 
 
+def _best_threshold(score: np.ndarray, same: np.ndarray) -> float:
+    """The threshold with the highest accuracy, half way between two scores; of several best ones the middle one."""
+    if same.all() or not same.any():
+        raise ValueError("pairs: the other folds hold only one kind of pair, same or different; mix both into each fold")
+    value, where = np.unique(score, return_inverse=True)
+    gain = np.bincount(where, np.where(same, -1, 1))  # of raising the threshold past a score
+    right = same.sum() + np.concatenate([[0], np.cumsum(gain)])  # [V + 1]: threshold below value 0, 1, ... or above all
+    edge = np.concatenate([[value[0] - 1], (value[:-1] + value[1:]) / 2, [value[-1] + 1]])
+    best = np.flatnonzero(right == right.max())
+    return float(edge[best[len(best) // 2]])
+
+
 def pair_accuracy(score: np.ndarray, same: np.ndarray, fold: np.ndarray) -> PairAccuracy:
     """Accuracy of a pair protocol (LFW, Huang et al. 2007): each fold is judged by the threshold that is best on the others.
 
@@ -670,18 +682,6 @@ def pair_accuracy(score: np.ndarray, same: np.ndarray, fold: np.ndarray) -> Pair
     threshold = np.array([_best_threshold(score[fold != one], same[fold != one]) for one in folds])
     accuracy = np.array([((score >= at) == same)[fold == one].mean() for at, one in zip(threshold, folds, strict=True)])
     return PairAccuracy(float(accuracy.mean()), float(accuracy.std(ddof=1) / np.sqrt(len(folds))), accuracy, threshold)
-
-
-def _best_threshold(score: np.ndarray, same: np.ndarray) -> float:
-    """The threshold with the highest accuracy, half way between two scores; of several best ones the middle one."""
-    if same.all() or not same.any():
-        raise ValueError("pairs: the other folds hold only one kind of pair, same or different; mix both into each fold")
-    value, where = np.unique(score, return_inverse=True)
-    gain = np.bincount(where, np.where(same, -1, 1))  # of raising the threshold past a score
-    right = same.sum() + np.concatenate([[0], np.cumsum(gain)])  # [V + 1]: threshold below value 0, 1, ... or above all
-    edge = np.concatenate([[value[0] - 1], (value[:-1] + value[1:]) / 2, [value[-1] + 1]])
-    best = np.flatnonzero(right == right.max())
-    return float(edge[best[len(best) // 2]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -700,6 +700,11 @@ class Resampled(NamedTuple):
     spread: np.ndarray  # [M] standard error: standard deviation over the bootstrap draws
     quantile: np.ndarray  # [M] 97.5 % point of Student's t, for as many identities as carry the spread
     people: float  # identities, weighed by their share of the rows: (sum n)^2 / sum n^2
+
+
+def student_t(df: np.ndarray) -> np.ndarray:
+    """97.5 % point of Student's t for df >= 4, to 1e-3 (Abramowitz and Stegun 26.7.5)."""
+    return Z95 + 2.37227 / df + 2.82247 / df**2 + 2.55578 / df**3 + 1.58952 / df**4
 
 
 def resample(columns: list[np.ndarray], identity: np.ndarray, seed: int, draws: int) -> Resampled:
@@ -721,9 +726,12 @@ def resample(columns: list[np.ndarray], identity: np.ndarray, seed: int, draws: 
     return Resampled(mean, drawn.std(axis=0, ddof=1), student_t(np.maximum(carriers, 4)), size.sum() ** 2 / (size**2).sum())
 
 
-def student_t(df: np.ndarray) -> np.ndarray:
-    """97.5 % point of Student's t for df >= 4, to 1e-3 (Abramowitz and Stegun 26.7.5)."""
-    return Z95 + 2.37227 / df + 2.82247 / df**2 + 2.55578 / df**3 + 1.58952 / df**4
+def wilson(rate: np.ndarray, trials: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson's 95 % interval (1927) of a rate seen in so many independent trials, which need not be whole."""
+    shrink = 1 + Z95**2 / trials
+    middle = (rate + Z95**2 / (2 * trials)) / shrink
+    half = Z95 * np.sqrt(rate * (1 - rate) / trials + (Z95 / (2 * trials)) ** 2) / shrink
+    return np.round(middle - half, 12).clip(0, 1), np.round(middle + half, 12).clip(0, 1)
 
 
 def rates(columns: Columns, identity: np.ndarray, seed: int, draws: int = 1000) -> dict[str, Rate]:
@@ -743,14 +751,6 @@ def rates(columns: Columns, identity: np.ndarray, seed: int, draws: int = 1000) 
     return {name: Rate(*map(float, three)) for name, *three in zip(columns, found.mean, low, high, strict=True)}
 
 
-def wilson(rate: np.ndarray, trials: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson's 95 % interval (1927) of a rate seen in so many independent trials, which need not be whole."""
-    shrink = 1 + Z95**2 / trials
-    middle = (rate + Z95**2 / (2 * trials)) / shrink
-    half = Z95 * np.sqrt(rate * (1 - rate) / trials + (Z95 / (2 * trials)) ** 2) / shrink
-    return np.round(middle - half, 12).clip(0, 1), np.round(middle + half, 12).clip(0, 1)
-
-
 def differences(columns: Columns, base: Columns, identity: np.ndarray, seed: int, draws: int = 1000) -> dict[str, Rate]:
     """`columns` minus `base`: two runs over the same probes in the same order, with the interval of the paired difference."""
     both = [name for name in columns if name in base]
@@ -767,6 +767,13 @@ def differences(columns: Columns, base: Columns, identity: np.ndarray, seed: int
 # ---------------------------------------------------------------------------------------------------------------------
 # Geometry of the space
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _uniformity(embeddings: np.ndarray, seed: int, sample: int) -> float:
+    rows = np.sort(np.random.default_rng([seed, 2]).permutation(len(embeddings))[:sample])
+    chosen = embeddings[rows]
+    potential = sum(np.exp(4 * (part @ chosen.T) - 4).sum(dtype=np.float64) for part in _parts(chosen, 1024))
+    return float(np.log((potential - len(chosen)) / (len(chosen) * (len(chosen) - 1.0))))  # without i = j
 
 
 def geometry(embeddings: np.ndarray, identity: np.ndarray, seed: int, sample: int = 10_000) -> dict[str, float]:
@@ -792,10 +799,3 @@ def geometry(embeddings: np.ndarray, identity: np.ndarray, seed: int, sample: in
         "uniformity": _uniformity(embeddings, seed, sample),
         "effective_rank": float(np.exp(-(share * np.log(share)).sum())),
     }
-
-
-def _uniformity(embeddings: np.ndarray, seed: int, sample: int) -> float:
-    rows = np.sort(np.random.default_rng([seed, 2]).permutation(len(embeddings))[:sample])
-    chosen = embeddings[rows]
-    potential = sum(np.exp(4 * (part @ chosen.T) - 4).sum(dtype=np.float64) for part in _parts(chosen, 1024))
-    return float(np.log((potential - len(chosen)) / (len(chosen) * (len(chosen) - 1.0))))  # without i = j

@@ -288,6 +288,17 @@ class Rows:
     shards: bool  # materialised shards, which need no filter
 
 
+def complete_shards(folder: Path, table: str) -> list[str]:
+    """The shards in a folder, all of them and of one split table. Raises ValueError otherwise."""
+    paths = dataio.find_files(str(folder / "*.parquet"))
+    notes = [dataio.read_metadata(path) for path in paths]
+    if any(note.get("table") != table or note.get("shards") != len(paths) for note in notes):
+        raise ValueError(
+            f"{folder}: {len(paths)} shards, not the whole of split table {table}; delete the folder and run command=split"
+        )
+    return list(map(str, paths))
+
+
 def locate_rows(cfg: Config, side: str, shards: bool | None = None) -> Rows:
     """Find the rows of one side of the split: in shards that are given by glob, in materialised ones (unless `shards` is
     False), or in the data, filtered. Raises ValueError for shards of another side or split."""
@@ -323,15 +334,8 @@ def locate_rows(cfg: Config, side: str, shards: bool | None = None) -> Rows:
     return Rows({s: (list(map(str, paths)), splits.identities[side]) for s, paths in files.items()}, splits.hash, False)
 
 
-def complete_shards(folder: Path, table: str) -> list[str]:
-    """The shards in a folder, all of them and of one split table. Raises ValueError otherwise."""
-    paths = dataio.find_files(str(folder / "*.parquet"))
-    notes = [dataio.read_metadata(path) for path in paths]
-    if any(note.get("table") != table or note.get("shards") != len(paths) for note in notes):
-        raise ValueError(
-            f"{folder}: {len(paths)} shards, not the whole of split table {table}; delete the folder and run command=split"
-        )
-    return list(map(str, paths))
+def shard_columns(cfg: Config, rows: Rows) -> dataio.Columns:
+    return dataio.COLUMNS if rows.shards else cfg.data.columns
 
 
 def open_streams(cfg: Config, rows: Rows) -> dict[str, dataio.ParquetImageStream]:
@@ -344,10 +348,6 @@ def open_streams(cfg: Config, rows: Rows) -> dict[str, dataio.ParquetImageStream
         )
         for source, (globs, allowed) in rows.sources.items()
     }  # fmt: skip
-
-
-def shard_columns(cfg: Config, rows: Rows) -> dataio.Columns:
-    return dataio.COLUMNS if rows.shards else cfg.data.columns
 
 
 def cached(cfg: Config, streams: dict[str, dataio.ParquetImageStream], device: torch.device) -> list:
@@ -480,6 +480,72 @@ def check_same_run(saved: dict, cfg: Config, folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+STYLES = ("-", "--", ":", "-.")  # told apart in black and white
+GREYS = ("black", "#555555", "#888888", "#aaaaaa")
+
+
+@functools.cache
+def can_draw() -> bool:
+    """Whether matplotlib is there; says once how to get it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        log.info("no pictures: matplotlib is missing; run with `uv run --extra plots python sniperface.py ...`")
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def picture(path: Path, rows: int = 1, columns: int = 1, width: float = 5.0, height: float = 3.6) -> Iterator[np.ndarray]:
+    """Axes [rows, columns] to draw on; the picture is saved whole when the block ends."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    yield figure.subplots(rows, columns, squeeze=False)
+    with write_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def curve(axes, x, y, label: str, style: int = 0, band: tuple | None = None, **labels: str) -> None:
+    """One line, with the band of its interval; the n-th style is told apart without colour."""
+    axes.plot(x, y, STYLES[style % 4], color=GREYS[style % 4], label=label, linewidth=1.4)
+    if band is not None:
+        axes.fill_between(x, *band, color=GREYS[style % 4], alpha=0.18, linewidth=0)
+    axes.set(**labels)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def draw_training(folder: Path) -> None:
+    """train.png: the loss beside its chance level, cosines, top-1, spread, learning rate, share of DigiFace, the monitor."""
+    lines = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+    if not can_draw() or not lines:
+        return
+    panels = {
+        "loss [nats]": ("loss", "chance_loss"),
+        "cosine": ("pos_sim", "neg_sim", "neg_max"),
+        "share": ("instance_top1", "digiface_share"),
+        "spread (1 even, 0 collapsed)": ("spread",),
+        "learning rate": ("lr",),
+        "monitor loss [nats]": ("monitor_loss",),
+    }
+    with picture(folder / "plots" / "train.png", 2, 3, 4.2, 3.0) as axes:
+        for panel, (unit, names) in zip(axes.flat, panels.items(), strict=True):
+            for style, name in enumerate(names):
+                there = [line for line in lines if name in line]
+                curve(
+                    panel,
+                    [line["step"] for line in there],
+                    [line[name] for line in there],
+                    name,
+                    style,
+                    xlabel="step",
+                    ylabel=unit,
+                )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # train
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -607,6 +673,16 @@ class Monitor:
         return float(F.cross_entropy(q @ k.T / training.cfg.moco.temperature, torch.arange(len(q), device=q.device)))
 
 
+def check_finite(training: Training) -> None:
+    """Raise FloatingPointError if a loss was not finite; waits for the device."""
+    bad = int(training.first_bad_step)
+    if bad >= 0:
+        raise FloatingPointError(
+            f"the loss or gradient of step {bad} is not finite; the last checkpoint is from before it. "
+            "Lower train.lr, or set train.amp=fp32"
+        )
+
+
 def save_checkpoint(training: Training, folder: Path, epoch: int | None) -> None:
     """Save the state whole, as epoch_XX.pt or step_NNNNNNN.pt, let last.pt mean it, and rotate the older ones."""
     check_finite(training)
@@ -625,15 +701,6 @@ def save_checkpoint(training: Training, folder: Path, epoch: int | None) -> None
                 path.unlink()
 
 
-def check_finite(training: Training) -> None:
-    """Raise FloatingPointError if a loss was not finite; waits for the device."""
-    bad = int(training.first_bad_step)
-    if bad >= 0:
-        raise FloatingPointError(
-            f"the loss or gradient of step {bad} is not finite; the last checkpoint is from before. Lower train.lr, or set train.amp=fp32"
-        )
-
-
 def start_log(path: Path, step: int, log_every: int) -> None:
     """Keep the lines of the log up to `step`; a line of an unplanned stop goes too, so that the log is that of an unbroken run."""
     lines = []
@@ -649,11 +716,15 @@ def start_log(path: Path, step: int, log_every: int) -> None:
 def say_what_trains(training: Training, sources: list, schedule: dataio.Schedule, rows: Rows) -> None:
     cfg, weights = training.cfg, sum(p.numel() for p in training.model.query.parameters())
     images, precision = " + ".join(f"{len(source):,}" for source in sources), str(training.precision).removeprefix("torch.")
-    order = sources[0].order_kind + (" of materialised shards" if rows.shards else "")
-    log.info(
-        "%s images in %d steps an epoch, %d epochs; %s (%.1f M weights), %s on %s; order: %s",
-        images, schedule.steps_per_epoch, cfg.train.epochs, cfg.backbone.name, weights / 1e6, precision, training.device, order,
-    )  # fmt: skip
+    log.info("%s images in %d steps an epoch, %d epochs", images, schedule.steps_per_epoch, cfg.train.epochs)
+    log.info("%s (%.1f M weights), %s on %s", cfg.backbone.name, weights / 1e6, precision, training.device)
+    log.info("order: %s%s", sources[0].order_kind, " of materialised shards" if rows.shards else "")
+    for source in sources if sources[0].order_kind == "lanes" and not rows.shards else ():
+        worse = dataio.shuffle_quality(source, cfg.moco.queue_size * len(source) // sum(map(len, sources)))
+        advice = "; data.cache=decoded or command=split mend that" if worse > 2 else ""
+        log.info(
+            "%s: %.1f times as many pictures of the same person in the queue as in a true shuffle%s", source.globs[0], worse, advice
+        )
     if cfg.moco.queue_size > schedule.steps_per_epoch * schedule.batch_size / 2:
         log.warning(
             "moco.queue_size=%d holds more than half an epoch (%d images): many negatives are pictures of the query's own face",
@@ -661,111 +732,15 @@ def say_what_trains(training: Training, sources: list, schedule: dataio.Schedule
         )  # fmt: skip
 
 
-def train(cfg: Config, folder: Path) -> float:
-    """Train, or go on where the run stopped; returns the objective for sweeps, higher is better."""
-    with run_lock(folder):
-        saved = None if cfg.train.resume == "never" else latest_checkpoint(folder)
-        if cfg.train.resume == "never" and (folder / "train_log.jsonl").exists():
-            raise ValueError(
-                f"{folder} holds a run and train.resume=never; set another run=, for instance run={free_run_name(folder)}"
-            )
-        if cfg.train.resume == "must" and saved is None:
-            raise FileNotFoundError(f"{folder}/checkpoints: nothing to resume, and train.resume=must")
-        if saved:
-            check_same_run(saved, cfg, folder)
-        device = pick_device(cfg.device)
-        training = Training(cfg, device)
-        rows = locate_rows(cfg, "train", shards=saved["meta"]["shards"] if saved else None)
-        sources = cached(cfg, open_streams(cfg, rows), device)
-        schedule = dataio.Schedule(cfg.curriculum, [len(source) for source in sources], cfg.train.batch_size, cfg.train.epochs)
-        last_step = min(schedule.total_steps, cfg.train.max_steps or schedule.total_steps)
-        data = {"table": rows.table, "shards": rows.shards, "sources": [source.fingerprint for source in sources]}
-        if saved:
-            changed = {key: (saved["meta"][key], now) for key, now in data.items() if saved["meta"][key] != now}
-            if changed:
-                raise ValueError(
-                    f"{folder}: the data is not what the run was started on: {changed}; restore it, or set another run="
-                )
-            training.load_state_dict(saved)
-            if training.step >= last_step:
-                log.info("%s: finished, %d steps; nothing to do", folder, training.step)
-                return -training.monitor["best"]
-            log.info("going on from step %d of %d", training.step, schedule.total_steps)
-        training.meta = {**data, **describe_machine(device)}
-        write_run_files(cfg, folder, training.meta)
-        mix = dataio.CurriculumMixStream(sources[0], sources[1] if len(sources) == 2 else None, 0, schedule)
-        monitor = Monitor(training, mix, schedule)
-        say_what_trains(training, sources, schedule, rows)
-        if not saved:
-            draw_views(training, mix, folder / "plots" / "views.png")
-            fill_queue(training, mix, schedule)
-            training.monitor["untrained"] = monitor.measure(training)
-        start_log(folder / "train_log.jsonl", training.step, cfg.train.log_every)
-        run_steps(training, mix, schedule, monitor, last_step, folder)
-        return -training.monitor["best"]
-
-
-def run_steps(
-    training: Training,
-    mix: dataio.CurriculumMixStream,
-    schedule: dataio.Schedule,
-    monitor: Monitor,
-    last_step: int,
-    folder: Path,
-) -> None:
-    """The training loop: each line is one step of the paper."""
-    cfg, model, optimizer, scaler = training.cfg, training.model.train(), training.optimizer, training.scaler
-    clip = cfg.train.clip_grad_norm or math.inf
-    batches = mix.batches(training.step, last_step, training.device, cfg.data.workers)
-    run_batch = torch.compile(model) if cfg.train.compile else model
-    timer = Timer(cfg.train.batch_size)
-    with StopAsked() as stop, open(folder / "train_log.jsonl", "a") as log_file, progress_bar(training, schedule) as bar:
-        for step in range(training.step, last_step):
-            set_lr(optimizer, lr_at(step, schedule.total_steps, schedule.steps_per_epoch, cfg.train))
-            momentum = moco.key_momentum_at(step / schedule.total_steps, cfg.moco.key_momentum, cfg.moco.key_momentum_schedule)
-            with timer.waiting():
-                images = next(batches)  # uint8 [B, 3, 112, 112], on the device
-            view_q, view_k = training.views(images, "augment", step)  # float [B, 3, 112, 112] in [-1, 1]
-            torch.manual_seed(draw_seed(cfg.seed, "dropout", step))
-            with training.autocast():
-                out = run_batch(view_q, view_k, draw(cfg.seed, "shuffle", step))
-            scaler.scale(out.loss).backward()
-            scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.query.parameters(), clip)  # after backward; inf only measures
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            model.update_key_encoder(momentum)
-            model.enqueue(out.keys)  # after backward: the queue needs no copy
-            finite = torch.isfinite(out.loss) & (scaler.is_enabled() | torch.isfinite(grad_norm))  # the scaler skips such a step
-            bad = ~finite & (training.first_bad_step < 0)
-            training.first_bad_step = torch.where(bad, step + 1, training.first_bad_step)
-            training.step = step + 1
-
-            bar.update(len(images))
-            epoch, in_epoch = divmod(training.step, schedule.steps_per_epoch)
-            stopping = training.step == last_step or stop.signal is not None
-            entry = {}
-            if in_epoch == 0:
-                entry["monitor_loss"] = training.monitor["last"] = round(monitor.measure(training), 6)
-                training.monitor["best"] = min(training.monitor["best"], training.monitor["last"])
-            if training.step % cfg.train.log_every == 0 or in_epoch == 0 or stopping:
-                entry = step_figures(training, out, grad_norm, momentum, schedule) | timer.lap() | entry
-                log_file.write(json.dumps(entry) + "\n")
-                log_file.flush()
-                bar.set_postfix(loss=f"{entry['loss']:.3f}", top1=f"{entry['instance_top1']:.2f}", wait=f"{entry['data_wait']:.0%}")
-                check_finite(training)
-            if in_epoch == 0 and (epoch % cfg.train.save_every_epochs == 0 or stopping):
-                save_checkpoint(training, folder, epoch)
-            elif stopping or (cfg.train.save_every_steps and training.step % cfg.train.save_every_steps == 0):
-                save_checkpoint(training, folder, None)
-            if stopping or (in_epoch == 0 and timer.is_time_to_draw()):
-                draw_training(folder)
-            if stop.signal is not None:
-                log.warning("stopped at step %d, saved; the same command goes on from here", training.step)
-                raise SystemExit(128 + stop.signal)
-    if training.step < schedule.total_steps:
-        log.info("stopped at train.max_steps=%d of %d; the same command without it goes on", training.step, schedule.total_steps)
+def draw_views(training: Training, mix: dataio.CurriculumMixStream, path: Path) -> None:
+    """A sheet of pairs, a column an image: the picture, the query's view, the key's view. A person must still see who it is."""
+    images = next(iter(mix.batches(0, 1, training.device, training.cfg.data.workers)))[:12]
+    view_q, view_k = training.views(images, "augment", 0)
+    rows = [images, *(((view + 1) * 127.5).round().to(torch.uint8) for view in (view_q, view_k))]
+    sheet = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)  # [3, 3*S, 12*S]
+    with write_whole(path) as temporary:
+        Image.fromarray(sheet.permute(1, 2, 0).cpu().numpy()).save(temporary, "png")
+    log.info("%s: pairs as the encoder will see them; a person should still tell who it is", path)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -825,6 +800,71 @@ def progress_bar(training: Training, schedule: dataio.Schedule) -> tqdm:
     return tqdm(total=schedule.total_steps * batch, initial=training.step * batch, desc="training", unit="image", smoothing=0.1)
 
 
+def run_steps(
+    training: Training,
+    mix: dataio.CurriculumMixStream,
+    schedule: dataio.Schedule,
+    monitor: Monitor,
+    last_step: int,
+    folder: Path,
+) -> None:
+    """The training loop: each line is one step of the paper."""
+    cfg, model, optimizer, scaler = training.cfg, training.model.train(), training.optimizer, training.scaler
+    clip = cfg.train.clip_grad_norm or math.inf
+    batches = mix.batches(training.step, last_step, training.device, cfg.data.workers)
+    run_batch = torch.compile(model) if cfg.train.compile else model
+    timer = Timer(cfg.train.batch_size)
+    with StopAsked() as stop, open(folder / "train_log.jsonl", "a") as log_file, progress_bar(training, schedule) as bar:
+        for step in range(training.step, last_step):
+            set_lr(optimizer, lr_at(step, schedule.total_steps, schedule.steps_per_epoch, cfg.train))
+            momentum = moco.key_momentum_at(step / schedule.total_steps, cfg.moco.key_momentum, cfg.moco.key_momentum_schedule)
+            with timer.waiting():
+                images = next(batches)  # uint8 [B, 3, 112, 112], on the device
+            view_q, view_k = training.views(images, "augment", step)  # float [B, 3, 112, 112] in [-1, 1]
+            torch.manual_seed(draw_seed(cfg.seed, "dropout", step))
+            with training.autocast():
+                out = run_batch(view_q, view_k, draw(cfg.seed, "shuffle", step))
+            scaler.scale(out.loss).backward()
+            scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.query.parameters(), clip)  # after backward; inf only measures
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            model.update_key_encoder(momentum)
+            model.enqueue(out.keys)  # after backward: the queue needs no copy
+            finite = torch.isfinite(out.loss) & (scaler.is_enabled() | torch.isfinite(grad_norm))  # the scaler skips such a step
+            bad = ~finite & (training.first_bad_step < 0)
+            training.first_bad_step = torch.where(bad, step + 1, training.first_bad_step)
+            training.step = step + 1
+
+            bar.update(len(images))
+            epoch, in_epoch = divmod(training.step, schedule.steps_per_epoch)
+            stopping = training.step == last_step or stop.signal is not None
+            entry = {}
+            if in_epoch == 0 or training.step == last_step:
+                training.monitor["last"] = round(monitor.measure(training), 6)
+            if in_epoch == 0:
+                entry["monitor_loss"] = training.monitor["last"]
+                training.monitor["best"] = min(training.monitor["best"], training.monitor["last"])
+            if training.step % cfg.train.log_every == 0 or in_epoch == 0 or stopping:
+                entry = step_figures(training, out, grad_norm, momentum, schedule) | timer.lap() | entry
+                log_file.write(json.dumps(entry) + "\n")
+                log_file.flush()
+                bar.set_postfix(loss=f"{entry['loss']:.3f}", top1=f"{entry['instance_top1']:.2f}", wait=f"{entry['data_wait']:.0%}")
+                check_finite(training)
+            if in_epoch == 0 and (epoch % cfg.train.save_every_epochs == 0 or stopping):
+                save_checkpoint(training, folder, epoch)
+            elif stopping or (cfg.train.save_every_steps and training.step % cfg.train.save_every_steps == 0):
+                save_checkpoint(training, folder, None)
+            if stopping or (in_epoch == 0 and timer.is_time_to_draw()):
+                draw_training(folder)
+            if stop.signal is not None:
+                log.warning("stopped at step %d, saved; the same command goes on from here", training.step)
+                raise SystemExit(128 + stop.signal)
+    if training.step < schedule.total_steps:
+        log.info("stopped at train.max_steps=%d of %d; the same command without it goes on", training.step, schedule.total_steps)
+
+
 def write_run_files(cfg: Config, folder: Path, meta: dict) -> None:
     with write_whole(folder / "config.yaml") as temporary:
         temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg))))
@@ -832,15 +872,48 @@ def write_run_files(cfg: Config, folder: Path, meta: dict) -> None:
         temporary.write_text(json.dumps(meta, indent=1))
 
 
-def draw_views(training: Training, mix: dataio.CurriculumMixStream, path: Path) -> None:
-    """A sheet of pairs, a column an image: the picture, the query's view, the key's view. A person must still see who it is."""
-    images = next(iter(mix.batches(0, 1, training.device, training.cfg.data.workers)))[:12]
-    view_q, view_k = training.views(images, "augment", 0)
-    rows = [images, *(((view + 1) * 127.5).round().to(torch.uint8) for view in (view_q, view_k))]
-    sheet = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)  # [3, 3*S, 12*S]
-    with write_whole(path) as temporary:
-        Image.fromarray(sheet.permute(1, 2, 0).cpu().numpy()).save(temporary, "png")
-    log.info("%s: pairs as the encoder will see them; a person should still tell who it is", path)
+def train(cfg: Config, folder: Path) -> float:
+    """Train, or go on where the run stopped; returns minus the best value of the label-free monitor."""
+    with run_lock(folder):
+        saved = None if cfg.train.resume == "never" else latest_checkpoint(folder)
+        if cfg.train.resume == "never" and (folder / "train_log.jsonl").exists():
+            raise ValueError(
+                f"{folder} holds a run and train.resume=never; set another run=, for instance run={free_run_name(folder)}"
+            )
+        if cfg.train.resume == "must" and saved is None:
+            raise FileNotFoundError(f"{folder}/checkpoints: nothing to resume, and train.resume=must")
+        if saved:
+            check_same_run(saved, cfg, folder)
+        device = pick_device(cfg.device)
+        training = Training(cfg, device)
+        rows = locate_rows(cfg, "train", shards=saved["meta"]["shards"] if saved else None)
+        sources = cached(cfg, open_streams(cfg, rows), device)
+        schedule = dataio.Schedule(cfg.curriculum, [len(source) for source in sources], cfg.train.batch_size, cfg.train.epochs)
+        last_step = min(schedule.total_steps, cfg.train.max_steps or schedule.total_steps)
+        data = {"table": rows.table, "shards": rows.shards, "sources": [source.fingerprint for source in sources]}
+        if saved:
+            changed = {key: (saved["meta"][key], now) for key, now in data.items() if saved["meta"][key] != now}
+            if changed:
+                raise ValueError(
+                    f"{folder}: the data is not what the run was started on: {changed}; restore it, or set another run="
+                )
+            training.load_state_dict(saved)
+            if training.step >= last_step:
+                log.info("%s: finished, %d steps; nothing to do", folder, training.step)
+                return -min(training.monitor["best"], training.monitor["last"])
+            log.info("going on from step %d of %d", training.step, schedule.total_steps)
+        training.meta = {**data, **describe_machine(device)}
+        write_run_files(cfg, folder, training.meta)
+        mix = dataio.CurriculumMixStream(sources[0], sources[1] if len(sources) == 2 else None, 0, schedule)
+        monitor = Monitor(training, mix, schedule)
+        say_what_trains(training, sources, schedule, rows)
+        if not saved:
+            draw_views(training, mix, folder / "plots" / "views.png")
+            fill_queue(training, mix, schedule)
+            training.monitor["untrained"] = monitor.measure(training)
+        start_log(folder / "train_log.jsonl", training.step, cfg.train.log_every)
+        run_steps(training, mix, schedule, monitor, last_step, folder)
+        return -min(training.monitor["best"], training.monitor["last"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -977,6 +1050,11 @@ def decoded_batches(
     bad.judge(total, total)
 
 
+def embedding_table(table: pa.Table, source: str, vectors: np.ndarray) -> pa.Table:
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1), pa.float32()), vectors.shape[1])
+    return table.append_column("source", pa.array([source] * len(table))).append_column("embedding", column)
+
+
 def write_embeddings(encoders: dict[Path, Encoder], sources: dict, cfg: Config, notes: dict[Path, dict]) -> int:
     """Encode the rows of `sources` {name: (index, columns)} with each encoder, in one pass, into parquet; returns how many."""
     total, done = sum(len(index.unit) for index, _ in sources.values()), 0
@@ -1002,11 +1080,6 @@ def write_embeddings(encoders: dict[Path, Encoder], sources: dict, cfg: Config, 
     return done
 
 
-def embedding_table(table: pa.Table, source: str, vectors: np.ndarray) -> pa.Table:
-    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1), pa.float32()), vectors.shape[1])
-    return table.append_column("source", pa.array([source] * len(table))).append_column("embedding", column)
-
-
 def embedded_indices(cfg: Config, rows: Rows | None) -> dict[str, tuple[dataio.RowIndex, dataio.Columns]]:
     """Index of each source to embed: the located rows, or all rows of embed.test_glob."""
     if rows is None:
@@ -1024,6 +1097,11 @@ def count_trained_on(cfg: Config, table: str) -> int | None:
         return None
     found = dataio.collect_unique_identities(cfg.embed.test_glob, cfg.data.columns)
     return len(set(found) & {*splits.identities["train"], *splits.identities["val"]})
+
+
+def reference_path(embeddings: Path, name: str) -> Path:
+    """test_embeddings.parquet -> test_embeddings.untrained.parquet"""
+    return embeddings.with_name(f"{embeddings.stem}.{name}.parquet")
 
 
 def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
@@ -1062,11 +1140,6 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
         state["step"],
         "with references" if cfg.embed.references else "no references",
     )
-
-
-def reference_path(embeddings: Path, name: str) -> Path:
-    """test_embeddings.parquet -> test_embeddings.untrained.parquet"""
-    return embeddings.with_name(f"{embeddings.stem}.{name}.parquet")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1267,42 +1340,6 @@ def read_references(path: Path, data: Embeddings) -> dict[str, Embeddings]:
     return references
 
 
-def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
-    """Measure an embeddings file: figures to metrics.json, a table to the terminal, pictures and report.md to the run's folder."""
-    if (folder / "config.yaml").exists():
-        saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=False)
-        cfg = settings_of({"config": saved}, cfg, typed)
-    path = find_embeddings(cfg.eval.embeddings, folder)
-    data = read_embeddings(path)
-    check_provenance(path, data.note)
-    drawn = moco.enrol(data.names, data.keys, cfg.eval.enroll_per_id, cfg.eval.seed)
-    encoders = {"trained": data, **read_references(path, data)}
-    measured = {name: measure(encoder, drawn, cfg.eval) for name, encoder in encoders.items()}
-    ours, people = measured["trained"], drawn.identity[drawn.probes]
-    canonical = np.lexsort((data.keys, data.names))  # so that the order of the file decides nothing
-    gallery = len(np.unique(drawn.identity[drawn.enrolled]))
-    metrics = {
-        **ours.figures, "identities": gallery, "gallery": gallery, "probes": len(people), "distractors": drawn.distractors,
-        "chance_rank1": 1 / gallery, "enroll_per_id": cfg.eval.enroll_per_id, "template": cfg.eval.template, "seed": cfg.eval.seed,
-        "embeddings": str(path), "made_from": data.note, "enrolment_draws": enrolment_draws(data, cfg.eval),
-        "per_source": per_source(data, drawn, ours, cfg.eval), "enroll_sweep": enrolment_sweep(data, drawn, cfg.eval),
-        "open_set": open_set_figures(data, cfg.eval) if cfg.eval.open_set_share else {},
-        "pair_protocol": pair_figures(data, cfg.eval) if cfg.eval.pairs else {},
-        "geometry": moco.geometry(data.vectors[canonical], drawn.identity[canonical], cfg.eval.seed),
-        **{name: found.figures for name, found in measured.items() if name != "trained"},
-    }  # fmt: skip
-    with write_whole(folder / cfg.eval.out) as temporary:
-        temporary.write_text(json.dumps(metrics, indent=1))
-    ranks = pa.table({"identity_id": data.names[drawn.probes], "picture": data.keys[drawn.probes], "rank": ours.found.rank})
-    with write_whole(folder / "ranks.parquet") as temporary:
-        pq.write_table(ranks, temporary)
-    table = results_table(metrics, measured, cfg.eval)
-    log.info("%s", table)
-    draw_results(cfg, folder, path, data, drawn, measured, metrics)
-    write_report(cfg, folder, metrics, table)
-    return metrics
-
-
 def results_table(metrics: dict, measured: dict[str, Measured], cfg: EvalConfig) -> str:
     """The compact table of the terminal: a row an encoder, intervals in brackets, chance last."""
     columns = [f"rank{k}" for k in cfg.top_k]
@@ -1319,70 +1356,60 @@ def results_table(metrics: dict, measured: dict[str, Measured], cfg: EvalConfig)
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures and reports
-# ---------------------------------------------------------------------------------------------------------------------
-
-STYLES = ("-", "--", ":", "-.")  # told apart in black and white
-GREYS = ("black", "#555555", "#888888", "#aaaaaa")
-
-
-@functools.cache
-def can_draw() -> bool:
-    """Whether matplotlib is there; says once how to get it."""
-    if importlib.util.find_spec("matplotlib") is None:
-        log.info("no pictures: matplotlib is missing; run with `uv run --extra plots python sniperface.py ...`")
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def picture(path: Path, rows: int = 1, columns: int = 1, width: float = 5.0, height: float = 3.6) -> Iterator[np.ndarray]:
-    """Axes [rows, columns] to draw on; the picture is saved whole when the block ends."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    yield figure.subplots(rows, columns, squeeze=False)
-    with write_whole(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-
-
-def curve(axes, x, y, label: str, style: int = 0, band: tuple | None = None, **labels: str) -> None:
-    """One line, with the band of its interval; the n-th style is told apart without colour."""
-    axes.plot(x, y, STYLES[style % 4], color=GREYS[style % 4], label=label, linewidth=1.4)
-    if band is not None:
-        axes.fill_between(x, *band, color=GREYS[style % 4], alpha=0.18, linewidth=0)
-    axes.set(**labels)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
-
-
-def draw_training(folder: Path) -> None:
-    """train.png: the loss beside its chance level, cosines, top-1, spread, learning rate, share of DigiFace, the monitor."""
-    lines = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
-    if not can_draw() or not lines:
-        return
-    panels = {
-        "loss [nats]": ("loss", "chance_loss"),
-        "cosine": ("pos_sim", "neg_sim", "neg_max"),
-        "share": ("instance_top1", "digiface_share"),
-        "spread (1 even, 0 collapsed)": ("spread",),
-        "learning rate": ("lr",),
-        "monitor loss [nats]": ("monitor_loss",),
-    }
-    with picture(folder / "plots" / "train.png", 2, 3, 4.2, 3.0) as axes:
-        for panel, (unit, names) in zip(axes.flat, panels.items(), strict=True):
-            for style, name in enumerate(names):
-                there = [line for line in lines if name in line]
-                curve(
-                    panel,
-                    [line["step"] for line in there],
-                    [line[name] for line in there],
-                    name,
-                    style,
-                    xlabel="step",
-                    ylabel=unit,
+def find_pictures(cfg: Config, wanted: set[tuple[str, str, str]]) -> dict | None:
+    """Decode the pictures (source, file name, identity) from the data of the run; None if the data is not there."""
+    try:
+        indices = embedded_indices(cfg, locate_rows(cfg, cfg.embed.split) if cfg.embed.test_glob is None else None)
+        found = {}
+        for source, (index, columns) in indices.items():
+            for table in dataio.read_rows(index, columns):
+                names = zip(
+                    itertools.repeat(source),
+                    table["image_filename"].to_pylist(),
+                    table["identity_id"].to_pylist(),
+                    strict=False,
                 )
+                for i, key in enumerate(names):
+                    if key in wanted:
+                        found[key] = dataio.decode_image(
+                            table["image_bytes"][i].as_buffer(), cfg.data.image_size, cfg.data.max_image_pixels
+                        )
+        return found if wanted <= found.keys() else None
+    except (ValueError, OSError):
+        return None
+
+
+def draw_neighbours(cfg: Config, path: Path, data: Embeddings, drawn: moco.Enrolment, found: Measured) -> None:
+    """Probes with their five nearest templates, each shown by its first enrolled picture: worst mistakes first, then some that
+    are right.
+    """
+    if cfg.eval.template != "centroid":
+        return  # a row of the gallery is not an identity then
+    codes, first = np.unique(drawn.identity[drawn.enrolled], return_index=True)
+    margin = found.found.score[:, 0] - np.einsum(
+        "nd,nd->n",
+        data.vectors[drawn.probes],
+        data.vectors[drawn.enrolled[first]][np.searchsorted(codes, drawn.identity[drawn.probes])],
+    )
+    order = np.argsort(np.where(found.found.rank > 1, -margin, np.inf), kind="stable")
+    wrong = int((found.found.rank > 1).sum())
+    shown = np.concatenate([order[: min(6, wrong)], order[wrong : wrong + 2]])
+    nearest = found.found.row[shown, : min(5, len(codes))]  # [8, 5]
+    rows = np.concatenate([drawn.probes[shown][:, None], drawn.enrolled[first][nearest]], axis=1)  # [8, 6] of the file
+    pictures = find_pictures(cfg, {(data.sources[row], data.keys[row].split("/", 1)[1], data.names[row]) for row in rows.ravel()})
+    if pictures is None:
+        log.info("no neighbours.png: the pictures of these embeddings are not where the settings say")
+        return
+    with picture(path, *rows.shape, 1.1, 1.3) as axes:
+        for i, j in np.ndindex(rows.shape):
+            row, panel = rows[i, j], axes[i, j]
+            panel.imshow(pictures[data.sources[row], data.keys[row].split("/", 1)[1], data.names[row]])
+            panel.set(xticks=[], yticks=[])
+            right = data.names[row] == data.names[rows[i, 0]]
+            title = "probe" if j == 0 else f"{found.found.score[shown[i], j - 1]:.2f} {'right' if right else 'wrong'}"
+            panel.set_title(title, fontsize=7, fontweight="bold" if j and right else "normal")
+            for spine in panel.spines.values():
+                spine.set(linewidth=3 if j and right else 0.5, linestyle="-" if j == 0 or right else ":")
 
 
 def draw_results(
@@ -1448,62 +1475,6 @@ def draw_results(
     draw_neighbours(cfg, plots / "neighbours.png", data, drawn, measured["trained"])
 
 
-def draw_neighbours(cfg: Config, path: Path, data: Embeddings, drawn: moco.Enrolment, found: Measured) -> None:
-    """Probes with their five nearest templates, each shown by its first enrolled picture: worst mistakes first, then some that
-    are right.
-    """
-    if cfg.eval.template != "centroid":
-        return  # a row of the gallery is not an identity then
-    codes, first = np.unique(drawn.identity[drawn.enrolled], return_index=True)
-    margin = found.found.score[:, 0] - np.einsum(
-        "nd,nd->n",
-        data.vectors[drawn.probes],
-        data.vectors[drawn.enrolled[first]][np.searchsorted(codes, drawn.identity[drawn.probes])],
-    )
-    order = np.argsort(np.where(found.found.rank > 1, -margin, np.inf), kind="stable")
-    wrong = int((found.found.rank > 1).sum())
-    shown = np.concatenate([order[: min(6, wrong)], order[wrong : wrong + 2]])
-    nearest = found.found.row[shown, : min(5, len(codes))]  # [8, 5]
-    rows = np.concatenate([drawn.probes[shown][:, None], drawn.enrolled[first][nearest]], axis=1)  # [8, 6] of the file
-    pictures = find_pictures(cfg, {(data.sources[row], data.keys[row].split("/", 1)[1], data.names[row]) for row in rows.ravel()})
-    if pictures is None:
-        log.info("no neighbours.png: the pictures of these embeddings are not where the settings say")
-        return
-    with picture(path, *rows.shape, 1.1, 1.3) as axes:
-        for i, j in np.ndindex(rows.shape):
-            row, panel = rows[i, j], axes[i, j]
-            panel.imshow(pictures[data.sources[row], data.keys[row].split("/", 1)[1], data.names[row]])
-            panel.set(xticks=[], yticks=[])
-            right = data.names[row] == data.names[rows[i, 0]]
-            title = "probe" if j == 0 else f"{found.found.score[shown[i], j - 1]:.2f} {'right' if right else 'wrong'}"
-            panel.set_title(title, fontsize=7, fontweight="bold" if j and right else "normal")
-            for spine in panel.spines.values():
-                spine.set(linewidth=3 if j and right else 0.5, linestyle="-" if j == 0 or right else ":")
-
-
-def find_pictures(cfg: Config, wanted: set[tuple[str, str, str]]) -> dict | None:
-    """Decode the pictures (source, file name, identity) from the data of the run; None if the data is not there."""
-    try:
-        indices = embedded_indices(cfg, locate_rows(cfg, cfg.embed.split) if cfg.embed.test_glob is None else None)
-        found = {}
-        for source, (index, columns) in indices.items():
-            for table in dataio.read_rows(index, columns):
-                names = zip(
-                    itertools.repeat(source),
-                    table["image_filename"].to_pylist(),
-                    table["identity_id"].to_pylist(),
-                    strict=False,
-                )
-                for i, key in enumerate(names):
-                    if key in wanted:
-                        found[key] = dataio.decode_image(
-                            table["image_bytes"][i].as_buffer(), cfg.data.image_size, cfg.data.max_image_pixels
-                        )
-        return found if wanted <= found.keys() else None
-    except (ValueError, OSError):
-        return None
-
-
 def write_report(cfg: Config, folder: Path, metrics: dict, table: str) -> None:
     """report.md: figures and pictures of a run on one page, from the template conf/templates/report.md."""
 
@@ -1520,7 +1491,7 @@ def write_report(cfg: Config, folder: Path, metrics: dict, table: str) -> None:
     values = {
         "run": folder.name, "table": table, "figures": rows(metrics), "open_set": rows(metrics["open_set"]) or "| none | | |",
         "refused": ", ".join(metrics["refused"] + metrics["open_set"].get("refused", [])) or "none", "first": first,
-        "draws": f"{draws['rank1_mean']:.4f} on average over {draws['draws']} draws (standard deviation {draws['rank1_std'] or 0:.4f})",
+        "draws": f"{draws['rank1_mean']:.4f} on average over {draws['draws']} draws (deviation {draws['rank1_std'] or 0:.4f})",
         "geometry": ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in shape.items()),
         "made_from": json.dumps(metrics["made_from"]),
         "sources": "\n".join(rows(f, name, f["probes"], names=[first]) for name, f in metrics["per_source"].items()),
@@ -1529,6 +1500,63 @@ def write_report(cfg: Config, folder: Path, metrics: dict, table: str) -> None:
     }  # fmt: skip
     with write_whole(folder / "report.md") as temporary:
         temporary.write_text(string.Template((CONF / "templates" / "report.md").read_text()).substitute(values))
+
+
+def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
+    """Measure an embeddings file: figures to metrics.json, a table to the terminal, pictures and report.md to the run's folder."""
+    if (folder / "config.yaml").exists():
+        saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=False)
+        cfg = settings_of({"config": saved}, cfg, typed)
+    path = find_embeddings(cfg.eval.embeddings, folder)
+    data = read_embeddings(path)
+    check_provenance(path, data.note)
+    drawn = moco.enrol(data.names, data.keys, cfg.eval.enroll_per_id, cfg.eval.seed)
+    encoders = {"trained": data, **read_references(path, data)}
+    measured = {name: measure(encoder, drawn, cfg.eval) for name, encoder in encoders.items()}
+    ours, people = measured["trained"], drawn.identity[drawn.probes]
+    canonical = np.lexsort((data.keys, data.names))  # so that the order of the file decides nothing
+    gallery = len(np.unique(drawn.identity[drawn.enrolled]))
+    metrics = {
+        **ours.figures, "identities": gallery, "gallery": gallery, "probes": len(people), "distractors": drawn.distractors,
+        "chance_rank1": 1 / gallery, "enroll_per_id": cfg.eval.enroll_per_id, "template": cfg.eval.template, "seed": cfg.eval.seed,
+        "embeddings": str(path), "made_from": data.note, "enrolment_draws": enrolment_draws(data, cfg.eval),
+        "per_source": per_source(data, drawn, ours, cfg.eval), "enroll_sweep": enrolment_sweep(data, drawn, cfg.eval),
+        "open_set": open_set_figures(data, cfg.eval) if cfg.eval.open_set_share else {},
+        "pair_protocol": pair_figures(data, cfg.eval) if cfg.eval.pairs else {},
+        "geometry": moco.geometry(data.vectors[canonical], drawn.identity[canonical], cfg.eval.seed),
+        **{name: found.figures for name, found in measured.items() if name != "trained"},
+    }  # fmt: skip
+    with write_whole(folder / cfg.eval.out) as temporary:
+        temporary.write_text(json.dumps(metrics, indent=1))
+    ranks = pa.table({"identity_id": data.names[drawn.probes], "picture": data.keys[drawn.probes], "rank": ours.found.rank})
+    with write_whole(folder / "ranks.parquet") as temporary:
+        pq.write_table(ranks, temporary)
+    table = results_table(metrics, measured, cfg.eval)
+    log.info("%s", table)
+    draw_results(cfg, folder, path, data, drawn, measured, metrics)
+    write_report(cfg, folder, metrics, table)
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results on paper
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def difference_to(first: Path, run: Path, cfg: Config) -> dict[str, float | None]:
+    """Rank-1 of a run minus that of the first, over the same probes, with its interval; empty values where they were not the
+    same.
+    """
+    names = ("rank1_change", "rank1_change_low", "rank1_change_high")
+    files = [path / "ranks.parquet" for path in (first, run)]
+    if not all(file.exists() for file in files):
+        return dict.fromkeys(names)
+    base, ours = (pq.read_table(file).sort_by([("identity_id", "ascending"), ("picture", "ascending")]) for file in files)
+    if not base.select(["identity_id", "picture"]).equals(ours.select(["identity_id", "picture"])):
+        return dict.fromkeys(names)
+    hits = [{"rank1": table["rank"].to_numpy() == 1} for table in (ours, base)]
+    change = moco.differences(*hits, np.array(base["identity_id"].to_pylist()), cfg.eval.seed)["rank1"]
+    return dict(zip(names, change, strict=True))
 
 
 def report(cfg: Config, pattern: str) -> None:
@@ -1585,30 +1613,26 @@ def report(cfg: Config, pattern: str) -> None:
     log.info("%s: %d runs", out / "table.csv", len(runs))
 
 
-def difference_to(first: Path, run: Path, cfg: Config) -> dict[str, float | None]:
-    """Rank-1 of a run minus that of the first, over the same probes, with its interval; empty values where they were not the
-    same.
-    """
-    names = ("rank1_change", "rank1_change_low", "rank1_change_high")
-    files = [path / "ranks.parquet" for path in (first, run)]
-    if not all(file.exists() for file in files):
-        return dict.fromkeys(names)
-    base, ours = (pq.read_table(file).sort_by([("identity_id", "ascending"), ("picture", "ascending")]) for file in files)
-    if not base.select(["identity_id", "picture"]).equals(ours.select(["identity_id", "picture"])):
-        return dict.fromkeys(names)
-    hits = [{"rank1": table["rank"].to_numpy() == 1} for table in (ours, base)]
-    change = moco.differences(*hits, np.array(base["identity_id"].to_pylist()), cfg.eval.seed)["rank1"]
-    return dict(zip(names, change, strict=True))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Dispatch
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def train_and_measure(cfg: Config, folder: Path, typed: set[str]) -> float | None:
+def train_for_objective(cfg: Config, folder: Path) -> float:
+    """Train; returns what sweepers maximise: Rank-1 of the validation identities if there are any, else minus the monitor."""
+    monitor = train(cfg, folder)
+    if not cfg.split.validation_ratio:
+        return monitor
+    chosen = dataclasses.replace(
+        cfg.embed, checkpoint="last", split="val", references=False, out="embeddings/val_embeddings.parquet"
+    )
+    embed(dataclasses.replace(cfg, embed=chosen), folder)
+    return closed_set_rates(read_embeddings(folder / chosen.out), cfg.eval, cfg.eval.enroll_per_id, cfg.eval.seed)["rank1"].value
+
+
+def train_and_measure(cfg: Config, folder: Path, typed: set[str]) -> float:
     """The whole path in one process: table, train, embed, eval."""
-    objective = train(cfg, folder)
+    objective = train_for_objective(cfg, folder)
     embed(cfg, folder, typed)
     evaluate(cfg, folder, typed)
     return objective
@@ -1616,7 +1640,7 @@ def train_and_measure(cfg: Config, folder: Path, typed: set[str]) -> float | Non
 
 COMMANDS: dict[str, Callable[[Config, Path, set[str]], float | None]] = {
     "split": lambda cfg, folder, typed: split(cfg, folder),
-    "train": lambda cfg, folder, typed: train(cfg, folder),
+    "train": lambda cfg, folder, typed: train_for_objective(cfg, folder),
     "embed": embed,
     "eval": lambda cfg, folder, typed: evaluate(cfg, folder, typed) and None,
     "all": train_and_measure,

@@ -189,7 +189,6 @@ def test_the_integer_1_and_the_string_1_are_the_same_person(tmp_path):
 
 
 def test_integers_and_strings_may_be_mixed_in_one_split(tmp_path):
-    """BUG: assign_splits sorts and unites them unchanged, so 1 and "1" may fall on two sides, or nothing can be written."""
     assert split([1, "1", 2, "3", 4], tmp_path) == split(["1", "2", "3", "4"], tmp_path)
 
 
@@ -382,7 +381,6 @@ def test_what_is_no_parquet_file_is_refused_by_name(tmp_path, make):
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 def test_a_file_with_damaged_pages_is_refused_by_name(tmp_path, compression):
-    """BUG: the identity column is read without a guard, so the error names no file."""
     path = tmp_path / "damaged.parquet"
     pq.write_table(pa.Table.from_pylist(numbered_rows(PEOPLE)), path, compression=compression)
     damage_column(path, 0)
@@ -400,7 +398,6 @@ def damage_column(path, number):
 
 
 def test_seeded_mutations_of_a_parquet_file_are_read_or_refused_by_name(tmp_path):
-    """BUG (same cause): bytes flipped in the data pages raise errors that do not name the file."""
     path = tmp_path / "mutated.parquet"
     whole, rng, unnamed = write_rows(path, numbered_rows(PEOPLE[:30])).read_bytes(), random.Random(5), []
     for _ in range(60):
@@ -458,7 +455,6 @@ def test_every_layout_of_strings_and_bytes_gives_the_same_images(tmp_path, kind)
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_every_layout_of_strings_and_bytes_can_be_materialised(tmp_path, kind):
-    """BUG for views: pyarrow has no `take` for string_view and binary_view; `read_rows` takes before it casts."""
     path = typed_file(tmp_path / "a.parquet", TYPES[kind], [str(i % 7) for i in range(25)])
     splits = split([str(i) for i in range(7)], tmp_path)
     shards = dataio.materialize_split(str(path), tmp_path / "splits.parquet", tmp_path / "out", "train")
@@ -496,7 +492,6 @@ def moved_pictures(rows):
 
 
 def test_the_fingerprint_sees_other_people_in_rows_of_the_same_size(tmp_path):
-    """BUG: it holds sizes and the mask only, so renamed people, or rows in another order, pass for the data of the run."""
     rows = numbered_rows(PEOPLE)
     renamed = [row | {"identity_id": row["identity_id"].replace("0", "a")} for row in rows]
     found = [
@@ -507,7 +502,6 @@ def test_the_fingerprint_sees_other_people_in_rows_of_the_same_size(tmp_path):
 
 
 def test_a_cache_of_other_pictures_is_not_used(tmp_path):
-    """BUG (same cause): pictures of the same size as before, and a stale cache is trained on without a word."""
     rows = numbered_rows(PEOPLE)
     path = write_rows(tmp_path / "a.parquet", rows)
     dataio.DecodedCache(stream_of(str(path)), tmp_path / "cache")
@@ -615,7 +609,6 @@ def test_the_plain_stream_mixes_better_with_a_larger_buffer():
 
 
 def test_a_buffer_as_large_as_the_data_mixes_as_well_as_a_true_permutation():
-    """WEAKNESS: the lanes are cut into two blocks even where one would hold all, so 30 % more repeats stay than need be."""
     codes, unit = np.arange(20_000) // 20, np.arange(20_000) // 100
     order = dataio.lane_order(unit, np.random.default_rng(0), True, 20_000)
     assert dataio.repeats_in_queue(codes[order], 2000) < 1.1 * dataio.repeats_in_queue(shuffled(codes), 2000)
@@ -779,7 +772,6 @@ def test_too_many_broken_images_end_the_run_after_a_thousand(tmp_path):
 
 
 def test_whether_broken_images_end_the_run_does_not_depend_on_how_far_ahead_threads_have_decoded(tmp_path):
-    """BUG: `judge` divides all that were found, also in batches decoded ahead, by the images that were handed over."""
     path = broken_source(tmp_path, range(1000, 1100, 9), count=2000, group=100)  # 12, 0.6 % of all
     stream = stream_of(path, max_bad_fraction=0.011, shuffle_files=False, shuffle_buffer=0)
     drawn = 0
@@ -829,7 +821,6 @@ def test_a_file_that_vanishes_or_shrinks_while_streaming_ends_in_an_error_that_n
 
 
 def test_a_file_that_is_replaced_by_one_of_the_same_shape_while_streaming_is_refused(tmp_path, monkeypatch):
-    """BUG: rows are read by their old places, so pictures of people who are not allowed are decoded without a word."""
     monkeypatch.setattr(dataio, "READ_AHEAD", 16)
     rows = numbered_rows(["train"] * 120 + ["test"] * 120)
     path = write_rows(tmp_path / "long.parquet", rows, compression="none")
@@ -870,7 +861,6 @@ def test_leaving_the_loop_early_ends_the_threads(source):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_loop_left_early_may_go_on_where_its_loader_had_read_to(long_source, monkeypatch, workers):
-    """BUG: reads that were cancelled stay in `loaded` and are waited for when the next loader starts at `next_image`."""
     _, stream = long_source
     original = ParquetImageStream.read_unit
 
@@ -1019,7 +1009,6 @@ def test_a_flipped_byte_in_the_cache_is_refused(source, tmp_path, small_chunks, 
 
 
 def test_a_truncated_cache_is_refused_by_name(source, tmp_path, small_chunks):
-    """BUG: numpy's own message, "mmap length is greater than file size", names no file and no remedy."""
     dataio.DecodedCache(stream_of(source), tmp_path)
     final = next(tmp_path.glob("*.u8"))
     os.truncate(final, final.stat().st_size - 5)
@@ -1516,7 +1505,6 @@ def test_a_crash_while_writing_shards_keeps_the_finished_ones(job, tmp_path, mon
 
 
 def test_a_crash_while_the_buckets_are_removed_is_survived(job, monkeypatch):
-    """BUG: the next call looks for the removed bucket of a shard that is finished, and so does every call after it."""
     args, splits = job
     original = shutil.rmtree
 
@@ -1534,7 +1522,6 @@ def test_a_crash_while_the_buckets_are_removed_is_survived(job, monkeypatch):
 
 
 def test_files_of_the_user_in_the_output_folder_are_not_deleted(job):
-    """BUG: whatever lies in `out_dir` is removed without a word, the input too if it lies there."""
     args, _ = job
     args[2].mkdir(parents=True)
     (args[2] / "thesis.txt").write_text("three years")
@@ -1552,7 +1539,6 @@ def test_a_disk_without_room_is_refused_and_leaves_nothing(job, monkeypatch):
 
 
 def test_a_side_that_does_not_exist_is_refused_by_name(job):
-    """BUG: a bare KeyError."""
     with pytest.raises(ValueError, match="validation"):
         dataio.materialize_split(*job[0], "validation")
 
@@ -1830,7 +1816,6 @@ def test_pick_never_applies_an_operation_whose_p_is_0():
 
 
 def test_pick_of_more_operations_than_there_are_applies_them_all():
-    """BUG: a RuntimeError of torch.topk."""
     strengths = dataio.draw_strengths(recipe(pick=30, blur=(1, 2)), 10, generator())
     assert (strengths["blur"] != 0).all()
 
@@ -1841,7 +1826,6 @@ def all_levels():
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_posterise_agrees_with_torchvision_on_every_level(bits):
-    """BUG: floor() of a level that float rounding left just below itself falls to the next step."""
     assert levels_apart(view(all_levels(), posterise=bits), TV.posterize(all_levels(), bits)).max() == 0
 
 
@@ -1863,7 +1847,6 @@ def test_equalise_agrees_with_torchvision_on_pictures_of_many_levels(portraits):
 
 
 def test_equalise_keeps_a_black_border_black_and_a_plain_picture_as_it_is(portraits):
-    """BUG: the darkest level goes to its own frequency instead of 0: half a picture of black becomes grey, a plain one white."""
     half = portraits.clone()
     half[..., :56] = 0
     assert levels_apart(view(half, equalise=1), TV.equalize(half)).float().mean() < 4
