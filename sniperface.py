@@ -238,8 +238,8 @@ def sources_of(cfg: Config) -> dict[str, str]:
 
 def find_sources(cfg: Config) -> dict[str, list[Path]]:
     """The files of each source. Raises FileNotFoundError that tells a newcomer where the data comes from."""
-    folder = Path(cfg.data.digiface_glob).parent
-    if cfg.data.demo_identities and not any(folder.glob("*.parquet")):
+    if cfg.data.demo_identities and not all(glob.glob(pattern) for pattern in sources_of(cfg).values()):
+        folder = Path(cfg.data.digiface_glob).parent
         dataio.write_demo_faces(folder, cfg.data.demo_identities, 16, 8, cfg.data.image_size, seed=0)
     try:
         return {source: dataio.find_files(pattern) for source, pattern in sources_of(cfg).items()}
@@ -812,7 +812,8 @@ def run_steps(
     cfg, model, optimizer, scaler = training.cfg, training.model.train(), training.optimizer, training.scaler
     clip = cfg.train.clip_grad_norm or math.inf
     batches = mix.batches(training.step, last_step, training.device, cfg.data.workers)
-    run_batch = torch.compile(model) if cfg.train.compile else model
+    for encoder in (model.query, model.key) if cfg.train.compile else ():
+        encoder.compile()  # in place: the names in the checkpoint stay
     timer = Timer(cfg.train.batch_size)
     with StopAsked() as stop, open(folder / "train_log.jsonl", "a") as log_file, progress_bar(training, schedule) as bar:
         for step in range(training.step, last_step):
@@ -823,7 +824,7 @@ def run_steps(
             view_q, view_k = training.views(images, "augment", step)  # float [B, 3, 112, 112] in [-1, 1]
             torch.manual_seed(draw_seed(cfg.seed, "dropout", step))
             with training.autocast():
-                out = run_batch(view_q, view_k, draw(cfg.seed, "shuffle", step))
+                out = model(view_q, view_k, draw(cfg.seed, "shuffle", step))
             scaler.scale(out.loss).backward()
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.query.parameters(), clip)  # after backward; inf only measures
@@ -1620,6 +1621,8 @@ def report(cfg: Config, pattern: str) -> None:
 
 def train_for_objective(cfg: Config, folder: Path) -> float:
     """Train; returns what sweepers maximise: Rank-1 of the validation identities if there are any, else minus the monitor."""
+    if cfg.split.materialize == "yes":
+        split(cfg, folder)
     monitor = train(cfg, folder)
     if not cfg.split.validation_ratio:
         return monitor
