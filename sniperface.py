@@ -11,6 +11,7 @@ import dataclasses
 import fcntl
 import functools
 import glob
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -87,6 +88,7 @@ class EmbedConfig:
     batch_size: int = field(metadata={"at_least": 1})
     flip: bool
     references: bool
+    leak_check: bool
     out: str
 
 
@@ -515,6 +517,11 @@ def curve(axes, x, y, label: str, style: int = 0, band: tuple | None = None, **l
     axes.set(**labels)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
+
+
+def rate_curve(axes, x, rates: list[moco.Rate], label: str, style: int, **labels) -> None:
+    """A curve of rates with the band of their intervals."""
+    curve(axes, x, [r.value for r in rates], label, style, ([r.low for r in rates], [r.high for r in rates]), **labels)
 
 
 def draw_training(folder: Path) -> None:
@@ -955,9 +962,9 @@ def pca_encoder(images: Tensor) -> Encoder:
     return lambda images: F.normalize((small_grey(images) - mean) @ basis).float()
 
 
-def reference_encoders(cfg: Config, device: torch.device) -> dict[str, Encoder]:
+def reference_encoders(cfg: Config, rows: Rows, device: torch.device) -> dict[str, Encoder]:
     """What any encoder must beat: itself untrained (its statistics calibrated, else it is weaker than need be) and PCA."""
-    streams = list(open_streams(cfg, locate_rows(cfg, "train")).values())
+    streams = list(open_streams(cfg, rows).values())
     schedule = dataio.Schedule(None, [len(stream) for stream in streams], min(256, sum(map(len, streams))), 1)
     mix = dataio.CurriculumMixStream(streams[0], streams[1] if len(streams) == 2 else None, 0, schedule)
     steps = min(schedule.steps_per_epoch, REFERENCE_IMAGES // 256)
@@ -1021,10 +1028,37 @@ def settings_of(state: dict, cfg: Config, typed: set[str]) -> Config:
     return load_config(OmegaConf.create(nested))
 
 
+def embedded_indices(cfg: Config, rows: Rows | None) -> dict[str, tuple[dataio.RowIndex, dataio.Columns]]:
+    """Index of each source to embed: the located rows, or all rows of embed.test_glob."""
+    if rows is None:
+        return {"file": (dataio.build_index(cfg.embed.test_glob, None, cfg.data.columns), cfg.data.columns)}
+    columns = shard_columns(cfg, rows)
+    return {source: (dataio.build_index(globs, allowed, columns), columns) for source, (globs, allowed) in rows.sources.items()}
+
+
+def image_hash(data: pa.Buffer) -> int:
+    """A number that equal bytes share and others do not, by which eval finds pictures that stand in two places."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), signed=True)
+
+
+def count_in_train(cfg: Config, train: Rows, hashes: set[int]) -> int:
+    """How many of the pictures stand byte for byte among the train rows, under whatever name; reads those rows once."""
+    found = set()
+    for index, columns in embedded_indices(cfg, train).values():
+        with tqdm(total=len(index.unit), desc="looking for these pictures in train", unit="image", leave=False) as bar:
+            for table in dataio.read_rows(index, columns):
+                found |= hashes & {image_hash(data.as_buffer()) for data in table["image_bytes"] if data.is_valid}
+                bar.update(len(table))
+    return len(found)
+
+
 def decoded_batches(
     index: dataio.RowIndex, columns: dataio.Columns, cfg: Config, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[pa.Table, Tensor]]:
-    """Rows in the order of the files with their pictures uint8 [n, 3, S, S]; broken ones are left out, named and counted."""
+    """Rows in the order of the files with a hash of their bytes, and their pictures uint8 [n, 3, S, S].
+
+    Broken ones are left out, named and counted.
+    """
     bad, done = dataio.BadImages(cfg.data.max_bad_fraction, "it is left out"), 0
 
     def decode(row: int, data: pa.Scalar) -> np.ndarray | None:
@@ -1037,7 +1071,10 @@ def decoded_batches(
     def finish(table: pa.Table, pictures: Iterable[np.ndarray | None]) -> tuple[pa.Table, Tensor]:
         good = {i: picture for i, picture in enumerate(pictures) if picture is not None}
         stack = np.stack([*good.values()]) if good else np.empty((0, 1, 1, 3), np.uint8)
-        return table.select(["identity_id", "image_filename"]).take(list(good)), torch.from_numpy(stack).permute(0, 3, 1, 2)
+        kept = table.take(list(good))
+        hashes = pa.array([image_hash(data.as_buffer()) for data in kept["image_bytes"]], pa.int64())
+        named = kept.select(["identity_id", "image_filename"]).append_column("image_hash", hashes)
+        return named, torch.from_numpy(stack).permute(0, 3, 1, 2)
 
     ahead: deque[tuple[pa.Table, Iterable]] = deque()  # decoded by the pool while the encoder works
     size, total = cfg.embed.batch_size, len(index.unit)
@@ -1056,9 +1093,9 @@ def embedding_table(table: pa.Table, source: str, vectors: np.ndarray) -> pa.Tab
     return table.append_column("source", pa.array([source] * len(table))).append_column("embedding", column)
 
 
-def write_embeddings(encoders: dict[Path, Encoder], sources: dict, cfg: Config, notes: dict[Path, dict]) -> int:
+def write_embeddings(encoders: dict[Path, Encoder], sources: dict, cfg: Config, notes: dict[Path, dict], train: Rows | None) -> int:
     """Encode the rows of `sources` {name: (index, columns)} with each encoder, in one pass, into parquet; returns how many."""
-    total, done = sum(len(index.unit) for index, _ in sources.values()), 0
+    total, done, hashes = sum(len(index.unit) for index, _ in sources.values()), 0, set()
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(cfg.data.workers or os.cpu_count()))
         temporaries = {path: stack.enter_context(write_whole(path)) for path in encoders}
@@ -1073,20 +1110,18 @@ def write_embeddings(encoders: dict[Path, Encoder], sources: dict, cfg: Config, 
                         writers[path] = pq.ParquetWriter(temporaries[path], schema, compression="none")
                     writers[path].write_table(rows)
                 done += len(table)
+                hashes.update(table["image_hash"].to_pylist())
                 bar.update(len(table))
         if not done:
             raise ValueError("not one image to embed: the chosen rows are empty or broken")
+        bar.close()
+        last_words = {"sniperface.rows": str(done)}
+        if train and cfg.embed.leak_check:
+            last_words["sniperface.pictures_in_train"] = str(count_in_train(cfg, train, hashes))
         for writer in writers.values():
+            writer.add_key_value_metadata(last_words)
             writer.close()
     return done
-
-
-def embedded_indices(cfg: Config, rows: Rows | None) -> dict[str, tuple[dataio.RowIndex, dataio.Columns]]:
-    """Index of each source to embed: the located rows, or all rows of embed.test_glob."""
-    if rows is None:
-        return {"file": (dataio.build_index(cfg.embed.test_glob, None, cfg.data.columns), cfg.data.columns)}
-    columns = shard_columns(cfg, rows)
-    return {source: (dataio.build_index(globs, allowed, columns), columns) for source, (globs, allowed) in rows.sources.items()}
 
 
 def count_trained_on(cfg: Config, table: str) -> int | None:
@@ -1103,6 +1138,17 @@ def count_trained_on(cfg: Config, table: str) -> int | None:
 def reference_path(embeddings: Path, name: str) -> Path:
     """test_embeddings.parquet -> test_embeddings.untrained.parquet"""
     return embeddings.with_name(f"{embeddings.stem}.{name}.parquet")
+
+
+def find_train_rows(cfg: Config) -> Rows | None:
+    """The rows that the references are fitted on and that test pictures are looked for in; None where the data is elsewhere."""
+    if not (cfg.embed.references or cfg.embed.leak_check):
+        return None
+    try:
+        return locate_rows(cfg, "train")
+    except FileNotFoundError as error:
+        log.warning("no references and no leak check, the run's train data is not here: %s", dataio.first_line(error))
+        return None
 
 
 def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
@@ -1122,8 +1168,9 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     indices = embedded_indices(cfg, rows)
     out = folder / cfg.embed.out
     encoders = {out: backbone_encoder(model.query.backbone, device, cfg.embed.flip)}
-    if cfg.embed.references:
-        encoders |= {reference_path(out, name): encoder for name, encoder in reference_encoders(cfg, device).items()}
+    train_rows = find_train_rows(cfg)
+    if train_rows and cfg.embed.references:
+        encoders |= {reference_path(out, name): encoder for name, encoder in reference_encoders(cfg, train_rows, device).items()}
     note = {
         "table": state["meta"]["table"], "split": cfg.embed.split if rows else None, "step": state["step"], "flip": cfg.embed.flip,
         "data": [index.fingerprint for index, _ in indices.values()],
@@ -1132,15 +1179,8 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     fingerprint = dataio.digest(*(f"{name} {value.double().sum().item()}" for name, value in state["model"].items()))
     names = [fingerprint, f"untrained seed {cfg.seed}", f"pca {PCA_COMPONENTS} of {PCA_SIDE_PX} px"]
     notes = {file: note | {"checkpoint": name} for file, name in zip(encoders, names, strict=False)}
-    count = write_embeddings(encoders, indices, cfg, notes)
-    log.info(
-        "%s: %d vectors of %s (step %d), %s",
-        out,
-        count,
-        path,
-        state["step"],
-        "with references" if cfg.embed.references else "no references",
-    )
+    count = write_embeddings(encoders, indices, cfg, notes, train_rows)
+    log.info("%s: %d vectors by %s (step %d)", out, count, path, state["step"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1155,6 +1195,7 @@ class Embeddings(NamedTuple):
     keys: np.ndarray  # str [N], source and file name of the picture
     sources: np.ndarray  # str [N]
     vectors: np.ndarray  # float32 [N, D], unit rows
+    hashes: np.ndarray | None  # int64 [N], of the pictures' bytes
     note: dict  # what `embed` noted of checkpoint, split and data; empty for a foreign file
 
 
@@ -1163,7 +1204,8 @@ class Measured(NamedTuple):
 
     figures: dict  # as in metrics.json
     cmc: list[moco.Rate]  # [20]
-    roc: dict[str, np.ndarray]
+    roc: dict[float, moco.Rate]  # TAR by FAR, as far as the impostors support it
+    histogram: dict[str, np.ndarray]  # of genuine and impostor cosines, see `moco.roc`
     found: moco.Found
     thresholds: dict[float, float | None]
 
@@ -1190,6 +1232,12 @@ def read_embeddings(path: Path) -> Embeddings:
             f"{parquet.schema_arrow.names} ({kind})"
         )
     table = parquet.read()
+    last_words = parquet.metadata.metadata or {}
+    rows, leaked = last_words.get(b"sniperface.rows"), last_words.get(b"sniperface.pictures_in_train")
+    if rows and int(rows) != len(table):
+        raise ValueError(
+            f"{path}: {len(table)} rows, embed wrote {int(rows)}; was it joined from several? Write it again with command=embed"
+        )
     column = table["embedding"].combine_chunks()
     if column.null_count or column.flatten().null_count:
         raise ValueError(f"{path}: {column.null_count} rows have no embedding; write it again with command=embed")
@@ -1200,13 +1248,10 @@ def read_embeddings(path: Path) -> Embeddings:
         return np.array(dataio.as_strings(table[name], path, name).to_pylist())
 
     sources = strings("source") if "source" in table.column_names else np.full(len(table), "file")
-    return Embeddings(
-        strings("identity_id"),
-        np.char.add(np.char.add(sources, "/"), strings("image_filename")),
-        sources,
-        vectors,
-        dataio.read_metadata(path),
-    )
+    keys = np.char.add(np.char.add(sources, "/"), strings("image_filename"))
+    hashes = table["image_hash"].to_numpy() if "image_hash" in table.column_names else None
+    note = dataio.read_metadata(path) | ({"pictures_in_train": int(leaked)} if leaked else {})
+    return Embeddings(strings("identity_id"), keys, sources, vectors, hashes, note)
 
 
 def check_provenance(path: Path, note: dict) -> None:
@@ -1222,6 +1267,21 @@ def check_provenance(path: Path, note: dict) -> None:
             f"{path}: {note['trained_on']} of its identities were trained on; measure unseen ones. If they are other people "
             "with the same names, rename them in the files"
         )
+
+
+def check_leaks(data: Embeddings, drawn: moco.Enrolment, cfg: EvalConfig) -> dict[str, int | None]:
+    """Count what would flatter the figures, and warn loudly: equal pictures in gallery and probes, test pictures in train."""
+    twins = None
+    if data.hashes is not None:
+        twins = int(np.isin(data.hashes[drawn.probes], data.hashes[drawn.enrolled]).sum())
+    leaks = {"probes_equal_to_enrolled": twins, "pictures_in_train": data.note.get("pictures_in_train")}
+    for what, count in leaks.items():
+        if count:
+            log.warning("LEAK: %d %s, byte for byte: the figures are too good; remove the doubles", count, what.replace("_", " "))
+    gallery = len(np.unique(drawn.identity[drawn.enrolled]))
+    if gallery < max(cfg.top_k):
+        log.warning("only %d identities are enrolled: Rank-%d finds everybody", gallery, max(cfg.top_k))
+    return leaks
 
 
 def figures_of(rates: dict[str, moco.Rate]) -> dict[str, object]:
@@ -1255,8 +1315,11 @@ def measure(data: Embeddings, drawn: moco.Enrolment, cfg: EvalConfig) -> Measure
         "thresholds": {f"far@{far:g}": at for far, at in thresholds.items() if at is not None},
         "refused": [f"tar@{far:g}" for far, at in thresholds.items() if at is None],
     }  # fmt: skip
-    curve = moco.roc(compared.genuine, compared.impostors)
-    return Measured(figures, [rates[f"rank{k}"] for k in range(1, 21)], curve, found, thresholds)
+    points, _ = moco.verification(compared.genuine, compared.impostors, np.geomspace(1e-6, 1, 37).tolist())
+    points = {float(name[4:]): column for name, column in points.items() if name.startswith("tar@")}
+    roc = moco.rates(points, people, cfg.seed, cfg.bootstrap)
+    shape = moco.roc(compared.genuine, compared.impostors)
+    return Measured(figures, [rates[f"rank{k}"] for k in range(1, 21)], roc, shape, found, thresholds)
 
 
 def per_source(data: Embeddings, drawn: moco.Enrolment, found: Measured, cfg: EvalConfig) -> dict[str, dict]:
@@ -1423,49 +1486,20 @@ def draw_results(
     with picture(plots / "cmc.png") as axes:
         ranks = np.arange(1, 21)
         for style, (name, found) in enumerate(measured.items()):
-            band = ([rate.low for rate in found.cmc], [rate.high for rate in found.cmc])
-            curve(
-                axes[0, 0],
-                ranks,
-                [rate.value for rate in found.cmc],
-                name,
-                style,
-                band,
-                xlabel="rank",
-                ylabel="share of probes found",
-                ylim=(0, 1),
-            )
+            rate_curve(axes[0, 0], ranks, found.cmc, name, style, xlabel="rank", ylabel="share of probes found", ylim=(0, 1))
         curve(axes[0, 0], ranks, np.minimum(1, ranks / metrics["gallery"]), "chance", 3)
         axes[0, 0].set_xticks([1, 5, 10, 15, 20])
     with picture(plots / "roc.png") as axes:
+        units = {"xlabel": "false accept rate", "ylabel": "true accept rate", "xscale": "log", "ylim": (0, 1)}
         for style, (name, found) in enumerate(measured.items()):
-            curve(
-                axes[0, 0],
-                found.roc["far"],
-                found.roc["tar"],
-                name,
-                style,
-                xlabel="false accept rate",
-                ylabel="true accept rate",
-                xscale="log",
-                ylim=(0, 1),
-            )
-            marks = [
-                (float(key[4:]), value, found.figures[key + "_ci"])
-                for key, value in found.figures.items()
-                if key.startswith("tar@") and not key.endswith("_ci")
-            ]
-            for far, tar, (low, high) in marks:
-                axes[0, 0].plot([far, far], [low, high], color=GREYS[style], linewidth=3, alpha=0.4)
-                axes[0, 0].plot([far], [tar], "o", color=GREYS[style], markersize=3)
-        far = measured["trained"].roc["far"]
-        curve(axes[0, 0], far, far, "chance", 3)
+            rate_curve(axes[0, 0], list(found.roc), list(found.roc.values()), name, style, **units)
+        curve(axes[0, 0], list(measured["trained"].roc), list(measured["trained"].roc), "chance", 3)
     with picture(plots / "similarity.png", width=6) as axes:
         found = measured["trained"]
-        edges = found.roc["edge"][::8]  # bins of 0.04
+        edges = found.histogram["edge"][::8]  # bins of 0.04
         middle = (edges[:-1] + edges[1:]) / 2
         for style, name in enumerate(("genuine", "impostors")):
-            counts = found.roc[name].reshape(-1, 8).sum(axis=1)
+            counts = found.histogram[name].reshape(-1, 8).sum(axis=1)
             density = counts / counts.sum() / np.diff(edges)
             curve(axes[0, 0], middle, density, name, style, xlabel="cosine of probe and template", ylabel="density")
         for far, at in found.thresholds.items():
@@ -1520,7 +1554,8 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
     metrics = {
         **ours.figures, "identities": gallery, "gallery": gallery, "probes": len(people), "distractors": drawn.distractors,
         "chance_rank1": 1 / gallery, "enroll_per_id": cfg.eval.enroll_per_id, "template": cfg.eval.template, "seed": cfg.eval.seed,
-        "embeddings": str(path), "made_from": data.note, "enrolment_draws": enrolment_draws(data, cfg.eval),
+        "embeddings": str(path), "made_from": data.note, "leaks": check_leaks(data, drawn, cfg.eval),
+        "enrolment_draws": enrolment_draws(data, cfg.eval),
         "per_source": per_source(data, drawn, ours, cfg.eval), "enroll_sweep": enrolment_sweep(data, drawn, cfg.eval),
         "open_set": open_set_figures(data, cfg.eval) if cfg.eval.open_set_share else {},
         "pair_protocol": pair_figures(data, cfg.eval) if cfg.eval.pairs else {},
