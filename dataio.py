@@ -8,6 +8,7 @@ a file appears whole or not at all. Takes parquet files of encoded images, gives
 Sources: DigiFace-1M (arXiv:2210.02579), Digi2Real (arXiv:2411.02188); operations of RandAugment (arXiv:1909.13719).
 """
 
+import fcntl
 import functools
 import glob
 import hashlib
@@ -18,12 +19,13 @@ import math
 import os
 import re
 import shutil
+import socket
 import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,14 +65,27 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def is_running(process: str, host: str) -> bool:
+    """Whether a process of this machine runs; those of other machines, which share the disk, are taken to run."""
+    if host != socket.gethostname():
+        return True
+    with suppress(PermissionError):
+        try:
+            os.kill(int(process), 0)
+        except (ProcessLookupError, ValueError):
+            return False
+    return True
+
+
 @contextmanager
 def write_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; when the block ends well, what was written there takes the name `path` at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        if not Path(f"/proc/{stale.name.split('.')[-2]}").exists():  # left by a process that was killed
+        _, process, host = stale.name[: -len(".tmp")].rsplit("~", 2) if stale.name.count("~") >= 2 else ("", "", "")
+        if not is_running(process, host):  # left by a process that was killed
             stale.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.~{os.getpid()}~{socket.gethostname()}.tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -79,6 +94,15 @@ def write_whole(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, wait: bool) -> Iterator[None]:
+    """Hold the lock file `path`, alone; it goes with its process, however that ends. Raises OSError if taken and not `wait`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
 
 
 def need_space(folder: Path, need_bytes: int, what: str) -> None:
@@ -272,9 +296,11 @@ def write_identity_splits(
     seed: int,
     validation_ratio: float = 0.0,
     known: dict[str, str] | None = None,
+    extends: Sequence[str] = (),
 ) -> Splits:
-    """Decide the split of `ids` (see `assign_splits`) and write it as parquet: `identity_id`, `split`, with seed, ratios and
-    counts.
+    """Decide the split of `ids` (see `assign_splits`) and write it as parquet: `identity_id`, `split`.
+
+    The file notes seed, ratios, counts, and the hashes of the tables that it `extends`.
     """
     sides = assign_splits(ids, train_ratio, seed, validation_ratio, known)
     names = sorted(sides)
@@ -284,7 +310,13 @@ def write_identity_splits(
             f"{len(names)} identities split into {counts}: both train and test need at least one; give more data "
             f"or another split.train_ratio"
         )
-    note = {"seed": seed, "train_ratio": train_ratio, "validation_ratio": validation_ratio, "counts": counts}
+    note = {
+        "seed": seed,
+        "train_ratio": train_ratio,
+        "validation_ratio": validation_ratio,
+        "counts": counts,
+        "extends": list(extends),
+    }
     table = pa.table({"identity_id": names, "split": [sides[name] for name in names]})
     with write_whole(Path(out_path)) as temporary:
         pq.write_table(table.cast(with_metadata(table.schema, note)), temporary)
@@ -819,50 +851,55 @@ class ParquetImageStream:
         )  # fmt: skip
 
 
+def build_cache(stream: ParquetImageStream, part: Path, note: Path, shape: tuple[int, ...], workers: int | None) -> None:
+    """Decode the images of `stream` into the file `part`, from where a stopped build left off; checksums of chunks go to `note`."""
+    sums: list[int] = json.loads(note.read_text()) if note.exists() and part.exists() else []
+    if not part.exists():
+        need_space(part.parent, math.prod(shape), "the decoded cache")
+    with open(part, "ab") as file:
+        os.posix_fallocate(file.fileno(), 0, math.prod(shape))  # a full disk is an error here, and a dead process in the map
+    images = np.memmap(part, np.uint8, "r+", shape=shape)
+
+    def drawn(chunk: int) -> list[int]:
+        return [min(chunk * CACHE_CHUNK, len(stream))]
+
+    batches = load_batches([stream.in_file_order()], drawn, len(sums), -(-len(stream) // CACHE_CHUNK), workers=workers)
+    with tqdm(total=len(stream), initial=drawn(len(sums))[0], desc=f"decoding into {part.parent}", unit="image") as bar:
+        for batch in batches:
+            start = len(sums) * CACHE_CHUNK
+            images[start : start + len(batch)] = batch.permute(0, 2, 3, 1).numpy()
+            images.flush()
+            sums.append(zlib.crc32(images[start : start + len(batch)]))
+            with write_whole(note) as temporary:
+                temporary.write_text(json.dumps(sums))
+            bar.update(len(batch))
+
+
 def open_cache(stream: ParquetImageStream, folder: Path, workers: int | None) -> np.memmap:
     """The decoded images of `stream` as a read-only map uint8 [N, S, S, 3], made if it is not there, checked by its checksums.
 
-    A build that was stopped goes on where it was: finished chunks are noted in a file beside it.
+    A build that was stopped goes on where it was; of two processes that want the same cache, one builds and the other waits.
+    Raises OSError where the disk has no room, ValueError for a damaged cache.
     """
     size = stream.image_size
+    shape = (len(stream), size, size, 3)
     name = f"{digest(stream.index.fingerprint, size, stream.max_pixels, len(stream))}.u8"
     final, part, note = folder / name, folder / f"{name}.part", folder / f"{name}.json"
-    shape = (len(stream), size, size, 3)
-    chunks = -(-len(stream) // CACHE_CHUNK)
-    sums: list[int] = json.loads(note.read_text()) if note.exists() else []
-    if not final.exists():
-        if not part.exists():
-            need_space(folder, math.prod(shape), "the decoded cache")
-            folder.mkdir(parents=True, exist_ok=True)
-            sums = []
-        images = np.memmap(part, np.uint8, "r+" if sums else "w+", shape=shape)
-
-        def drawn(chunk: int) -> list[int]:
-            return [min(chunk * CACHE_CHUNK, len(stream))]
-
-        batches = load_batches([stream.in_file_order()], drawn, len(sums), chunks, workers=workers)
-        with tqdm(total=len(stream), initial=drawn(len(sums))[0], desc=f"decoding into {folder}", unit="image") as bar:
-            for batch in batches:
-                start = len(sums) * CACHE_CHUNK
-                images[start : start + len(batch)] = batch.permute(0, 2, 3, 1).numpy()
-                images.flush()
-                sums.append(zlib.crc32(images[start : start + len(batch)]))
-                with write_whole(note) as temporary:
-                    temporary.write_text(json.dumps(sums))
-                bar.update(len(batch))
-        os.replace(part, final)
-    if final.stat().st_size != math.prod(shape):
+    with locked(folder / f".{name}.lock", wait=True):
+        if not final.exists():
+            build_cache(stream, part, note, shape, workers)
+            os.replace(part, final)
+    if final.stat().st_size != math.prod(shape) or not note.exists():
         raise ValueError(
-            f"{final}: has {final.stat().st_size} bytes instead of {math.prod(shape)}; delete it, it will be made again"
+            f"{final}: has {final.stat().st_size} bytes instead of {math.prod(shape)}, or its checksums are gone; delete it"
         )
-    images = np.memmap(final, np.uint8, "r", shape=shape)
+    images, sums = np.memmap(final, np.uint8, "r", shape=shape), json.loads(note.read_text())
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # crc32 releases the GIL
-        found = list(pool.map(lambda c: zlib.crc32(images[c * CACHE_CHUNK : (c + 1) * CACHE_CHUNK]), range(chunks)))
+        starts = range(0, len(images), CACHE_CHUNK)
+        found = list(pool.map(lambda start: zlib.crc32(images[start : start + CACHE_CHUNK]), starts))
     if found != sums:
-        raise ValueError(
-            f"{final}: {sum(a != b for a, b in zip(found, sums, strict=False))} of {chunks} chunks are damaged; "
-            f"delete it, it will be made again"
-        )
+        bad = sum(a != b for a, b in zip(found, sums, strict=False))
+        raise ValueError(f"{final}: {bad} of {len(found)} chunks are damaged; delete it, it will be made again")
     return images
 
 
@@ -1222,7 +1259,7 @@ def augment(images: Tensor, cfg: AugmentConfig, generator: torch.Generator) -> T
         lambda part, sigma: part + per_image(sigma, part) * torch.randn(part.shape, generator=field_generator, device=device),
     )
     x = on_rows(x, s["erase"], lambda part, area: erase(part, area, generator))
-    return x.clamp_(-1, 1)
+    return x.clamp_(-1, 1).contiguous(memory_format=torch.channels_last)
 
 
 def two_views(images: Tensor, cfg: AugmentConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ Columns = dict[str, np.ndarray]
 @dataclass
 class BackboneConfig:
     name: str
-    layers: list[int]
+    layers: list[int] = field(metadata={"at_least": 1})
     width: float = field(metadata={"above": 0, "at_most": 4})
     input_size: int = field(metadata={"at_least": 32, "at_most": 448})
     dropout: float = field(metadata={"at_least": 0, "below": 1})
@@ -189,7 +189,7 @@ class MarginNCE(nn.Module):
 @dataclass
 class MocoConfig:
     queue_size: int = field(metadata={"at_least": 1})
-    temperature: float = field(metadata={"above": 0})
+    temperature: float = field(metadata={"at_least": 1e-3})
     margin: float = field(metadata={"at_least": -1, "at_most": 1})
     key_momentum: float = field(metadata={"at_least": 0, "at_most": 1})
     key_momentum_schedule: str = field(metadata={"one_of": ("constant", "cosine")})
@@ -211,11 +211,6 @@ class StepOutput(NamedTuple):
     neg_max: Tensor  # [] mean over the queries of their hardest negative's cosine
     instance_top1: Tensor  # [] share of the queries whose key beats the whole queue
     spread: Tensor  # [] of the queries: 1 is evenly spread over the sphere, 0 a collapse to one point
-
-
-def split_evenly(rows: Tensor, groups: int) -> tuple[Tensor, ...]:
-    """Split [N] into `groups` runs whose lengths differ by at most one, so that none is too short to be normalised."""
-    return torch.tensor_split(rows, groups)
 
 
 def spread_of(unit_rows: Tensor) -> Tensor:
@@ -263,9 +258,8 @@ class MoCo(nn.Module):
         if self.guard != "shuffle" or not self.training:
             return F.normalize(self.key(views).float())
         order = torch.randperm(len(views), generator=generator).to(views.device)
-        size = max(2, -(-len(views) // self.shuffle_groups))  # BatchNorm cannot normalise one image
-        groups = split_evenly(order, max(1, len(views) // size))
-        keys = torch.cat([self.key(views[rows]).float() for rows in groups])
+        groups = max(1, min(self.shuffle_groups, len(views) // 2))  # BatchNorm cannot normalise one image
+        keys = torch.cat([self.key(views[rows]).float() for rows in order.tensor_split(groups)])
         return F.normalize(torch.empty_like(keys).index_copy_(0, order, keys))
 
     def forward(self, view_q: Tensor, view_k: Tensor, generator: torch.Generator | None = None) -> StepOutput:
@@ -299,8 +293,12 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """Write keys [B, D] over the oldest ones. The pointer is a tensor and wraps: no wait, no rule that B divides the queue."""
+        """Write keys [B, D] over the oldest ones. The pointer is a tensor and wraps: no wait, no rule that B divides the queue.
+
+        A key that is not finite, as an overflow in fp16 gives, leaves the old one in its place.
+        """
         slots = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+        keys = torch.where(keys.isfinite().all(dim=1, keepdim=True), keys, self.queue[slots])
         self.queue.index_copy_(0, slots, keys)
         self.queue_ptr.copy_((self.queue_ptr + len(keys)) % len(self.queue))
 
@@ -464,7 +462,7 @@ def build_gallery(vectors: np.ndarray, identity: np.ndarray, template: str = "ce
     code, start, owner = np.unique(identity, return_index=True, return_inverse=True)
     if template == "best":
         return Gallery(np.ascontiguousarray(vectors, np.float32), code, start, owner)
-    mean = np.add.reduceat(vectors.astype(np.float64), start, axis=0)  # [G, D]
+    mean = np.add.reduceat(vectors, start, axis=0, dtype=np.float64)  # [G, D]
     length = np.linalg.norm(mean, axis=1, keepdims=True)
     _refuse(length[:, 0] < TIE, "gallery", "are centroids without a direction (images cancel out)", "use eval.template=best")
     return Gallery((mean / length).astype(np.float32), code, np.arange(len(code)), np.arange(len(code)))

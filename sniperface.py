@@ -8,10 +8,10 @@ one means: conf/config.yaml. Everything a run makes is in runs/<run>/.
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import glob
 import hashlib
+import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import platform
+import shutil
 import signal
 import string
 import subprocess
@@ -152,9 +153,14 @@ def check_ranges(cfg: object, prefix: str = "") -> None:
         if dataclasses.is_dataclass(value):
             check_ranges(value, key + ".")
             continue
+        values = [v for v in (value if isinstance(value, list) else [value]) if v is not None]
+        if any(isinstance(v, float) and not math.isfinite(v) for v in values):
+            raise ValueError(f"{key}={value}: must be finite")
+        if value == [] and entry.metadata:
+            raise ValueError(f"{key}=[]: must hold at least one value")
         for name, limit in entry.metadata.items():
             sign, fits = LIMITS[name]
-            if not all(fits(v, limit) for v in (value if isinstance(value, list) else [value]) if v is not None):
+            if not all(fits(v, limit) for v in values):
                 shown = ", ".join(map(str, limit)) if name == "one_of" else limit
                 raise ValueError(f"{key}={value}: must be {sign} {shown}")
 
@@ -180,6 +186,11 @@ def load_config(raw: DictConfig) -> Config:
     drawn_keys = cfg.train.batch_size * (2 if cfg.moco.symmetric else 1)
     if cfg.moco.queue_size < drawn_keys:
         raise ValueError(f"moco.queue_size={cfg.moco.queue_size}: must be >= {drawn_keys}, the keys of one step (train.batch_size)")
+    if cfg.train.warmup_epochs >= cfg.train.epochs:
+        raise ValueError(f"train.warmup_epochs={cfg.train.warmup_epochs}: must be < train.epochs={cfg.train.epochs}")
+    for name, op in vars(cfg.augment).items():
+        if isinstance(op, dataio.Op) and (op.low > op.high or (op.low <= 0 and name in ("zoom", "aspect"))):
+            raise ValueError(f"augment.{name}: low={op.low} must be <= high={op.high}, and > 0 for zoom and aspect")
     if len(cfg.backbone.layers) != 4 or min(cfg.backbone.layers) < 1:
         raise ValueError(f"backbone.layers={cfg.backbone.layers}: must be four numbers >= 1")
     return cfg
@@ -216,13 +227,17 @@ def describe_machine(device: torch.device) -> dict:
     """What else is needed to repeat a run: versions, commit, hardware."""
 
     def git(*words: str) -> str | None:
+        if not shutil.which("git"):
+            return None
         done = subprocess.run(["git", "-C", str(CONF.parent), *words], capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else None
 
+    packages = ("torch", "torchvision", "numpy", "pyarrow", "hydra-core", "pillow")
+    changes = git("status", "--porcelain")
     return {
-        "versions": {"python": platform.python_version()} | {m.__name__: str(m.__version__) for m in (torch, np, pa)},
+        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages},
         "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain")),
+        "uncommitted_changes": None if changes is None else bool(changes),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
     }
@@ -260,7 +275,7 @@ def read_split_table(cfg: Config, extend: bool = False) -> dataio.Splits:
     find_sources(cfg)
     found = dataio.collect_unique_identities(list(sources_of(cfg).values()), cfg.data.columns)
     if not path.exists():
-        splits = dataio.write_identity_splits(found, path, cfg.split.train_ratio, cfg.split.seed, cfg.split.validation_ratio)
+        splits = dataio.write_identity_splits(found, path, **wanted)
         log.info("%s: %s", path, ", ".join(f"{len(ids)} {side}" for side, ids in splits.identities.items()))
         return splits
     splits = dataio.read_identity_splits(path)
@@ -276,7 +291,8 @@ def read_split_table(cfg: Config, extend: bool = False) -> dataio.Splits:
     if new and not extend:
         log.warning("%s lacks %d identities of the data, which are left out; command=split adds them", path, len(new))
     if new and extend:
-        splits = dataio.write_identity_splits(found, path, cfg.split.train_ratio, cfg.split.seed, cfg.split.validation_ratio, known)
+        earlier = [*splits.note.get("extends", []), splits.hash]
+        splits = dataio.write_identity_splits(found, path, known=known, extends=earlier, **wanted)
         log.info("%s: %d new identities: %s", path, len(new), {side: len(ids) for side, ids in splits.identities.items()})
     return splits
 
@@ -288,17 +304,34 @@ class Rows:
     sources: dict[str, tuple[list[str], list[str] | None]]
     table: str  # hash of the split table
     shards: bool  # materialised shards, which need no filter
+    extends: list[str]  # hashes of earlier states of the table, whose identities are all on the same side in this one
 
 
-def complete_shards(folder: Path, table: str) -> list[str]:
-    """The shards in a folder, all of them and of one split table. Raises ValueError otherwise."""
+def complete_shards(folder: Path, table: str, side: str) -> list[str]:
+    """The shards in a folder, all of them, of one split table and one side. Raises ValueError otherwise."""
     paths = dataio.find_files(str(folder / "*.parquet"))
     notes = [dataio.read_metadata(path) for path in paths]
-    if any(note.get("table") != table or note.get("shards") != len(paths) for note in notes):
+    if any((note.get("table"), note.get("split"), note.get("shards")) != (table, side, len(paths)) for note in notes):
         raise ValueError(
-            f"{folder}: {len(paths)} shards, not the whole of split table {table}; delete the folder and run command=split"
+            f"{folder}: {len(paths)} files, not the {side} shards of split table {table}; delete it and run command=split"
         )
     return list(map(str, paths))
+
+
+def locate_siblings(files: dict[str, list[Path]], notes: dict[str, dict], side: str) -> Rows:
+    """The globs name shards: those, or the ones of another side beside them. Raises ValueError for a part of them."""
+    tables = {note.get("table") for note in notes.values()}
+    if len(tables) != 1:
+        raise ValueError(f"{files}: shards of different split tables {tables}; materialise both sources with one command=split")
+    table = tables.pop()
+    if side == "train":
+        for source, paths in files.items():
+            if notes[source].get("split") != "train" or len(paths) != notes[source]["shards"]:
+                raise ValueError(
+                    f"{paths[0].parent}: {len(paths)} {notes[source].get('split')} shards; train on all of .../train/{source}"
+                )
+    folders = {source: paths[0].parent.parent.parent / side / paths[0].parent.name for source, paths in files.items()}
+    return Rows({source: (complete_shards(folder, table, side), None) for source, folder in folders.items()}, table, True, [])
 
 
 def locate_rows(cfg: Config, side: str, shards: bool | None = None) -> Rows:
@@ -306,34 +339,21 @@ def locate_rows(cfg: Config, side: str, shards: bool | None = None) -> Rows:
     False), or in the data, filtered. Raises ValueError for shards of another side or split."""
     files = find_sources(cfg)
     notes = {source: dataio.read_metadata(paths[0]) for source, paths in files.items()}
-    if any("split" in note for note in notes.values()):  # the globs name shards: their siblings are known
-        folders = {source: paths[0].parent.parent.parent / side / paths[0].parent.name for source, paths in files.items()}
-        tables = {note.get("table") for note in notes.values()}
-        if len(tables) != 1:
-            raise ValueError(
-                f"{sources_of(cfg)}: shards of different splits (tables {tables}); materialise both with one command=split"
-            )
-        if side == "train" and any(note.get("split") != "train" for note in notes.values()):
-            raise ValueError(
-                f"{sources_of(cfg)}: shards of {[n.get('split') for n in notes.values()]} identities; train on .../train/..."
-            )
-        return Rows({s: (complete_shards(folder, tables.copy().pop()), None) for s, folder in folders.items()}, tables.pop(), True)
+    if any("split" in note for note in notes.values()):
+        return locate_siblings(files, notes, side)
     splits = read_split_table(cfg)
     folders = {source: Path(cfg.split.out_dir) / side / source for source in files}
     if shards is not False and all(folder.is_dir() for folder in folders.values()):
-        indices = {
-            s: dataio.build_index(list(map(str, paths)), splits.identities[side], cfg.data.columns) for s, paths in files.items()
-        }
-        first = {s: dataio.read_metadata(dataio.find_files(str(folder / "*.parquet"))[0]) for s, folder in folders.items()}
-        if all((first[s].get("table"), first[s].get("source")) == (splits.hash, indices[s].fingerprint) for s in files):
-            return Rows({s: (complete_shards(folder, splits.hash), None) for s, folder in folders.items()}, splits.hash, True)
+        of_data = {s: dataio.build_index(list(map(str, p)), splits.identities[side], cfg.data.columns) for s, p in files.items()}
+        found = {s: dataio.read_metadata(dataio.find_files(str(folder / "*.parquet"))[0]) for s, folder in folders.items()}
+        if all((found[s].get("table"), found[s].get("source")) == (splits.hash, of_data[s].fingerprint) for s in files):
+            complete = {source: (complete_shards(folder, splits.hash, side), None) for source, folder in folders.items()}
+            return Rows(complete, splits.hash, True, splits.note.get("extends", []))
         log.warning("%s: materialised from other data or another split; not used", Path(cfg.split.out_dir) / side)
     if shards:
-        raise ValueError(
-            f"{cfg.split.out_dir}: the run was started on materialised shards, which are not there any more; "
-            f"command=split makes them"
-        )
-    return Rows({s: (list(map(str, paths)), splits.identities[side]) for s, paths in files.items()}, splits.hash, False)
+        raise ValueError(f"{cfg.split.out_dir}: the shards that the run was started on are gone; command=split makes them")
+    filtered = {source: (list(map(str, paths)), splits.identities[side]) for source, paths in files.items()}
+    return Rows(filtered, splits.hash, False, splits.note.get("extends", []))
 
 
 def shard_columns(cfg: Config, rows: Rows) -> dataio.Columns:
@@ -379,7 +399,8 @@ def split(cfg: Config, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 NOT_THE_RESULT = (                                           # settings that may differ when a run goes on
-    "command", "run", "run_dir", "device", "data.workers", "data.cache_dir", "train.max_steps", "train.log_every",
+    "command", "run", "run_dir", "device", "data.digiface_glob", "data.digi2real_glob", "data.demo_identities", "data.workers",
+    "data.cache", "data.cache_dir", "data.batch_read_rows", "split.out_dir", "train.max_steps", "train.log_every",
     "train.save_every_epochs",
     "train.save_every_steps", "train.keep_last", "train.resume", "split.materialize", "embed", "eval", "report",
 )  # fmt: skip
@@ -402,12 +423,11 @@ def differences(saved: dict, asked: dict) -> dict[str, tuple]:
 
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Only one process trains in a run folder. The lock goes with its process, however that ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    """Only one process trains in a run folder. Raises ValueError for the second one."""
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            stack.enter_context(dataio.locked(folder / ".lock", wait=False))
+        except BlockingIOError as error:
             raise ValueError(f"{folder}: another process is training here; wait for it, or choose another run=") from error
         yield
 
@@ -449,7 +469,9 @@ def link(target: Path, name: Path) -> None:
 
 def latest_checkpoint(folder: Path) -> dict | None:
     """The newest readable checkpoint of a run, None if there never was one. Raises ValueError if there are only damaged ones."""
-    paths = sorted(folder.glob("checkpoints/*.pt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    paths = sorted(
+        folder.glob("checkpoints/*.pt"), key=lambda path: (path.name == "last.pt", path.stat().st_mtime_ns), reverse=True
+    )
     usable = []
     for path in paths:
         try:
@@ -496,6 +518,15 @@ def can_draw() -> bool:
         log.info("no pictures: matplotlib is missing; run with `uv run --extra plots python sniperface.py ...`")
         return False
     return True
+
+
+@contextlib.contextmanager
+def not_vital(what: str) -> Iterator[None]:
+    """A picture that cannot be drawn must not end days of training."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("no %s: %s", what, dataio.first_line(error))
 
 
 @contextlib.contextmanager
@@ -590,14 +621,14 @@ def build_model(cfg: Config) -> moco.MoCo:
         return moco.build_moco(cfg.backbone, cfg.moco)
 
 
-def build_optimizer(model: moco.MoCo, cfg: TrainConfig, device: torch.device) -> torch.optim.SGD:
+def build_optimizer(model: moco.MoCo, cfg: TrainConfig, device: torch.device, scaled: bool) -> torch.optim.SGD:
     """SGD with momentum; no weight decay on what has one dimension: BatchNorm, PReLU and biases."""
     trained = [p for p in model.query.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": cfg.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, fused=device.type in ("cpu", "cuda"))
+    return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, fused=device.type in ("cpu", "cuda") and not scaled)
 
 
 class Training:
@@ -607,7 +638,7 @@ class Training:
         self.cfg, self.device, self.step = cfg, device, 0
         self.precision = pick_precision(cfg.train.amp, device)
         self.model = build_model(cfg).to(device, memory_format=torch.channels_last)
-        self.optimizer = build_optimizer(self.model, cfg.train, device)
+        self.optimizer = build_optimizer(self.model, cfg.train, device, scaled=self.precision == torch.float16)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.first_bad_step = torch.tensor(-1, device=device)  # of the loss; set on the device, so that no step waits
         self.monitor: dict[str, float] = {"untrained": math.nan, "last": math.nan, "best": math.inf}
@@ -622,7 +653,10 @@ class Training:
     def load_state_dict(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        if state["meta"]["precision"] != str(self.precision):
+            log.warning("the run went in %s so far, this device goes on in %s", state["meta"]["precision"], self.precision)
         self.step, self.monitor, self.meta = state["step"], dict(state["monitor"]), state["meta"]
 
     def autocast(self) -> torch.autocast:
@@ -649,9 +683,8 @@ def fill_queue(training: Training, mix: dataio.CurriculumMixStream, schedule: da
             keys = model.encode_keys(view_k, draw(cfg.seed, "fill-shuffle", step))
         model.enqueue(keys[: cfg.moco.queue_size])
         filled += len(keys)
-    while filled < cfg.moco.queue_size:  # an epoch is shorter than the queue: say it twice
-        model.enqueue(model.queue[: cfg.moco.queue_size - filled].clone())
-        filled += min(filled, cfg.moco.queue_size - filled)
+    rows = torch.arange(cfg.moco.queue_size, device=model.queue.device) % filled  # an epoch is shorter than the queue: say it again
+    model.queue.copy_(model.queue[rows])
     model.queue_ptr.zero_()
 
 
@@ -661,13 +694,13 @@ class Monitor:
     def __init__(self, training: Training, mix: dataio.CurriculumMixStream, schedule: dataio.Schedule):
         cfg = training.cfg
         steps = min(schedule.steps_per_epoch, -(-cfg.train.monitor_images // cfg.train.batch_size))
-        images = torch.cat([images.cpu() for images in mix.batches(0, steps, workers=cfg.data.workers)])[: cfg.train.monitor_images]
+        batches = mix.batches(0, steps, training.device, cfg.data.workers)
+        images = torch.cat(list(batches))[: cfg.train.monitor_images]
         harder = dataclasses.replace(cfg.augment, **{
             name: dataclasses.replace(op, p=math.sqrt(op.p)) for name, op in vars(cfg.augment).items() if isinstance(op, dataio.Op)
         })  # fmt: skip
         self.parts = [
-            two_views(part.to(training.device), harder, draw(cfg.seed, "monitor", i))
-            for i, part in enumerate(images.split(cfg.train.batch_size))
+            two_views(part, harder, draw(cfg.seed, "monitor", i)) for i, part in enumerate(images.split(cfg.train.batch_size))
         ]
 
     @torch.no_grad()
@@ -681,8 +714,10 @@ class Monitor:
 
 
 def check_finite(training: Training) -> None:
-    """Raise FloatingPointError if a loss was not finite; waits for the device."""
+    """Raise FloatingPointError if a loss or gradient was not finite, or fp16 has run out of scale; waits for the device."""
     bad = int(training.first_bad_step)
+    if bad < 0 and training.scaler.is_enabled() and training.scaler.get_scale() < 1:
+        bad = training.step
     if bad >= 0:
         raise FloatingPointError(
             f"the loss or gradient of step {bad} is not finite; the last checkpoint is from before it. "
@@ -690,22 +725,29 @@ def check_finite(training: Training) -> None:
         )
 
 
+def rotate_checkpoints(checkpoints: Path, keep_epochs: int, final: str) -> None:
+    """Delete all but the newest two of step_*.pt and the newest of epoch_*.pt; the final one stays, and best.pt and last.pt do."""
+    for pattern, keep in (("step_*.pt", 2), ("epoch_*.pt", keep_epochs)):
+        old = sorted(checkpoints.glob(pattern), key=lambda path: int(path.stem.split("_")[1]))
+        for path in old[:-keep]:
+            if path.name != final:
+                path.unlink()
+
+
 def save_checkpoint(training: Training, folder: Path, epoch: int | None) -> None:
     """Save the state whole, as epoch_XX.pt or step_NNNNNNN.pt, let last.pt mean it, and rotate the older ones."""
     check_finite(training)
-    checkpoints = folder / "checkpoints"
+    checkpoints, cfg = folder / "checkpoints", training.cfg.train
     name = f"step_{training.step:07d}.pt" if epoch is None else f"epoch_{epoch:02d}.pt"
     with write_whole(checkpoints / name) as temporary:
-        torch.save(training.state_dict(), temporary)
-    link(checkpoints / name, checkpoints / "last.pt")
+        try:
+            torch.save(training.state_dict(), temporary)
+        except RuntimeError as error:  # torch's word for a full disk
+            raise OSError(f"{checkpoints / name}: cannot be written ({dataio.first_line(error)}); is the disk full?") from error
     if epoch is not None and training.monitor["last"] <= training.monitor["best"]:
         link(checkpoints / name, checkpoints / "best.pt")
-    final = checkpoints / f"epoch_{training.cfg.train.epochs:02d}.pt"
-    for pattern, keep in (("step_*.pt", 2 if epoch is None else 0), ("epoch_*.pt", training.cfg.train.keep_last)):
-        old = sorted(checkpoints.glob(pattern), key=lambda path: int(path.stem.split("_")[1]))
-        for path in old[: max(0, len(old) - keep)]:
-            if path not in (final, checkpoints / name):
-                path.unlink()
+    link(checkpoints / name, checkpoints / "last.pt")  # the last act: a resume trusts last.pt first
+    rotate_checkpoints(checkpoints, cfg.keep_last, f"epoch_{cfg.epochs:02d}.pt")
 
 
 def start_log(path: Path, step: int, log_every: int) -> None:
@@ -726,6 +768,15 @@ def say_what_trains(training: Training, sources: list, schedule: dataio.Schedule
     log.info("%s images in %d steps an epoch, %d epochs", images, schedule.steps_per_epoch, cfg.train.epochs)
     log.info("%s (%.1f M weights), %s on %s", cfg.backbone.name, weights / 1e6, precision, training.device)
     log.info("order: %s%s", sources[0].order_kind, " of materialised shards" if rows.shards else "")
+    for source in sources if sources[0].order_kind == "lanes" else ():
+        largest = int(np.bincount(source.index.unit).max())
+        if dataio.LANES * largest > 4 * max(cfg.data.shuffle_buffer, 1024):
+            log.warning(
+                "%s: row groups of %d pictures, of which %d are in memory at a time; command=split writes small ones",
+                source.globs[0],
+                largest,
+                dataio.LANES,
+            )
     for source in sources if sources[0].order_kind == "lanes" and not rows.shards else ():
         worse = dataio.shuffle_quality(source, cfg.moco.queue_size * len(source) // sum(map(len, sources)))
         advice = "; data.cache=decoded or command=split mend that" if worse > 2 else ""
@@ -840,44 +891,60 @@ def run_steps(
             optimizer.zero_grad(set_to_none=True)
             model.update_key_encoder(momentum)
             model.enqueue(out.keys)  # after backward: the queue needs no copy
-            finite = torch.isfinite(out.loss) & (scaler.is_enabled() | torch.isfinite(grad_norm))  # the scaler skips such a step
-            bad = ~finite & (training.first_bad_step < 0)
-            training.first_bad_step = torch.where(bad, step + 1, training.first_bad_step)
+            if not scaler.is_enabled():  # the scaler of fp16 skips such a step and goes on
+                bad = ~(torch.isfinite(out.loss) & torch.isfinite(grad_norm)) & (training.first_bad_step < 0)
+                training.first_bad_step = torch.where(bad, step + 1, training.first_bad_step)
             training.step = step + 1
 
             bar.update(len(images))
             epoch, in_epoch = divmod(training.step, schedule.steps_per_epoch)
-            stopping = training.step == last_step or stop.signal is not None
+            told_to_stop = stop.signal  # read once: a signal that comes later in this step is for the next one
+            stopping = training.step == last_step or told_to_stop is not None
             entry = {}
             if in_epoch == 0 or training.step == last_step:
                 training.monitor["last"] = round(monitor.measure(training), 6)
             if in_epoch == 0:
                 entry["monitor_loss"] = training.monitor["last"]
-                training.monitor["best"] = min(training.monitor["best"], training.monitor["last"])
             if training.step % cfg.train.log_every == 0 or in_epoch == 0 or stopping:
                 entry = step_figures(training, out, grad_norm, momentum, schedule) | timer.lap() | entry
                 log_file.write(json.dumps(entry) + "\n")
                 log_file.flush()
+                os.fsync(log_file.fileno())  # a checkpoint must not outlive the lines before it
                 bar.set_postfix(loss=f"{entry['loss']:.3f}", top1=f"{entry['instance_top1']:.2f}", wait=f"{entry['data_wait']:.0%}")
                 check_finite(training)
             if in_epoch == 0 and (epoch % cfg.train.save_every_epochs == 0 or stopping):
+                training.monitor["best"] = min(training.monitor["best"], training.monitor["last"])  # of the epochs that are saved
                 save_checkpoint(training, folder, epoch)
             elif stopping or (cfg.train.save_every_steps and training.step % cfg.train.save_every_steps == 0):
                 save_checkpoint(training, folder, None)
             if stopping or (in_epoch == 0 and timer.is_time_to_draw()):
-                draw_training(folder)
-            if stop.signal is not None:
+                with not_vital("train.png"):
+                    draw_training(folder)
+            if told_to_stop is not None:
                 log.warning("stopped at step %d, saved; the same command goes on from here", training.step)
-                raise SystemExit(128 + stop.signal)
+                raise SystemExit(128 + told_to_stop)
     if training.step < schedule.total_steps:
         log.info("stopped at train.max_steps=%d of %d; the same command without it goes on", training.step, schedule.total_steps)
 
 
-def write_run_files(cfg: Config, folder: Path, meta: dict) -> None:
+def write_run_files(training: Training, folder: Path) -> None:
+    """The settings of the run, and of each start what it ran on: versions, commit, data, hardware."""
     with write_whole(folder / "config.yaml") as temporary:
-        temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg))))
-    with write_whole(folder / "environment.json") as temporary:
-        temporary.write_text(json.dumps(meta, indent=1))
+        temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(training.cfg))))
+    path = folder / "environment.json"
+    starts = json.loads(path.read_text()) if path.exists() else []
+    with write_whole(path) as temporary:
+        temporary.write_text(json.dumps([*starts, {"from_step": training.step, **training.meta}], indent=1))
+
+
+def check_same_data(meta: dict, rows: Rows, sources: list, folder: Path) -> None:
+    """Raise ValueError if the rows, their order or their split are not those that the run was started on."""
+    found = {"table": rows.table, "shards": rows.shards, "sources": [source.fingerprint for source in sources]}
+    if meta["table"] in rows.extends:
+        found["table"] = meta["table"]  # the table has grown since; the fingerprints below tell whether the train rows did
+    changed = {key: (meta[key], now) for key, now in found.items() if meta[key] != now}
+    if changed:
+        raise ValueError(f"{folder}: the data is not what the run was started on: {changed}; restore it, or set another run=")
 
 
 def train(cfg: Config, folder: Path) -> float:
@@ -894,29 +961,30 @@ def train(cfg: Config, folder: Path) -> float:
             check_same_run(saved, cfg, folder)
         device = pick_device(cfg.device)
         training = Training(cfg, device)
+        state_bytes = 4 * sum(p.numel() * p.element_size() for p in training.model.query.parameters())
+        dataio.need_space(folder, (cfg.train.keep_last + 4) * state_bytes, "a run's checkpoints")
         rows = locate_rows(cfg, "train", shards=saved["meta"]["shards"] if saved else None)
         sources = cached(cfg, open_streams(cfg, rows), device)
         schedule = dataio.Schedule(cfg.curriculum, [len(source) for source in sources], cfg.train.batch_size, cfg.train.epochs)
         last_step = min(schedule.total_steps, cfg.train.max_steps or schedule.total_steps)
-        data = {"table": rows.table, "shards": rows.shards, "sources": [source.fingerprint for source in sources]}
         if saved:
-            changed = {key: (saved["meta"][key], now) for key, now in data.items() if saved["meta"][key] != now}
-            if changed:
-                raise ValueError(
-                    f"{folder}: the data is not what the run was started on: {changed}; restore it, or set another run="
-                )
+            check_same_data(saved["meta"], rows, sources, folder)
             training.load_state_dict(saved)
             if training.step >= last_step:
+                rotate_checkpoints(folder / "checkpoints", cfg.train.keep_last, f"epoch_{cfg.train.epochs:02d}.pt")
                 log.info("%s: finished, %d steps; nothing to do", folder, training.step)
                 return -min(training.monitor["best"], training.monitor["last"])
             log.info("going on from step %d of %d", training.step, schedule.total_steps)
-        training.meta = {**data, **describe_machine(device)}
-        write_run_files(cfg, folder, training.meta)
+        resumed, saved = saved is not None, None  # a checkpoint is four times the weights
+        data = {"table": rows.table, "shards": rows.shards, "sources": [source.fingerprint for source in sources]}
+        training.meta = {**data, "precision": str(training.precision), **describe_machine(device)}
+        write_run_files(training, folder)
         mix = dataio.CurriculumMixStream(sources[0], sources[1] if len(sources) == 2 else None, 0, schedule)
         monitor = Monitor(training, mix, schedule)
         say_what_trains(training, sources, schedule, rows)
-        if not saved:
-            draw_views(training, mix, folder / "plots" / "views.png")
+        if not resumed:
+            with not_vital("views.png"):
+                draw_views(training, mix, folder / "plots" / "views.png")
             fill_queue(training, mix, schedule)
             training.monitor["untrained"] = monitor.measure(training)
         start_log(folder / "train_log.jsonl", training.step, cfg.train.log_every)
@@ -991,19 +1059,11 @@ def settings_of(state: dict, cfg: Config, typed: set[str]) -> Config:
 
     Raises ValueError for a typed contradiction.
     """
-    free = (
-        "command",
-        "run",
-        "run_dir",
-        "device",
-        "data",
-        "split",
-        "embed",
-        "eval",
-        "experiment",
-        "train.max_steps",
-        "train.resume",
-    )
+    ours, with_data = ("command", "run", "run_dir", "device", "embed", "eval", "report"), ("data", "split")
+
+    def under(key: str, sections: Iterable[str]) -> bool:
+        return any((key + ".").startswith(section + ".") for section in sections)
+
     asked, saved = flat(dataclasses.asdict(cfg)), flat(state["config"])
     if any("${" in str(value) for value in saved.values()):
         raise ValueError(
@@ -1011,12 +1071,9 @@ def settings_of(state: dict, cfg: Config, typed: set[str]) -> Config:
         )
     merged = dict(saved)
     for key, value in asked.items():
-        is_typed = any((key + ".").startswith(word + ".") for word in typed)
-        if key.split(".")[0] in ("embed", "eval", "report", "command", "run", "run_dir", "device") or (
-            is_typed and any((key + ".").startswith(f + ".") for f in free)
-        ):
+        if under(key, ours) or (under(key, with_data) and under(key, typed) and key != "data.image_size"):
             merged[key] = value
-        elif is_typed and saved.get(key) != value and key not in NOT_THE_RESULT:
+        elif under(key, typed) and saved.get(key) != value and not under(key, NOT_THE_RESULT):
             raise ValueError(f"{key}={value}: the checkpoint was trained with {saved.get(key)}; leave it out, or train another run")
     nested: dict = {}
     for key, value in merged.items():
@@ -1028,12 +1085,18 @@ def settings_of(state: dict, cfg: Config, typed: set[str]) -> Config:
     return load_config(OmegaConf.create(nested))
 
 
-def embedded_indices(cfg: Config, rows: Rows | None) -> dict[str, tuple[dataio.RowIndex, dataio.Columns]]:
-    """Index of each source to embed: the located rows, or all rows of embed.test_glob."""
+def embedded_indices(
+    cfg: Config, rows: Rows | None, only: set[str] | None = None
+) -> dict[str, tuple[dataio.RowIndex, dataio.Columns]]:
+    """Index of each source to embed: the located rows, or all rows of embed.test_glob; with `only`, those identities alone."""
     if rows is None:
-        return {"file": (dataio.build_index(cfg.embed.test_glob, None, cfg.data.columns), cfg.data.columns)}
-    columns = shard_columns(cfg, rows)
-    return {source: (dataio.build_index(globs, allowed, columns), columns) for source, (globs, allowed) in rows.sources.items()}
+        return {"file": (dataio.build_index(cfg.embed.test_glob, only, cfg.data.columns), cfg.data.columns)}
+    columns, indices = shard_columns(cfg, rows), {}
+    for source, (globs, allowed) in rows.sources.items():
+        people = allowed if only is None else only if allowed is None else only & set(allowed)
+        with contextlib.suppress(ValueError) if only else contextlib.nullcontext():  # not each source has each identity
+            indices[source] = (dataio.build_index(globs, people, columns), columns)
+    return indices
 
 
 def image_hash(data: pa.Buffer) -> int:
@@ -1084,6 +1147,7 @@ def decoded_batches(
         done += len(table)
         if len(ahead) > 3:
             yield finish(*ahead.popleft())
+            bad.judge(done, total)
     yield from itertools.starmap(finish, ahead)
     bad.judge(total, total)
 
@@ -1100,6 +1164,7 @@ def write_embeddings(encoders: dict[Path, Encoder], sources: dict, cfg: Config, 
         pool = stack.enter_context(ThreadPoolExecutor(cfg.data.workers or os.cpu_count()))
         temporaries = {path: stack.enter_context(write_whole(path)) for path in encoders}
         writers: dict[Path, pq.ParquetWriter] = {}
+        ready: dict[Path, list[pa.Table]] = {path: [] for path in encoders}
         bar = stack.enter_context(tqdm(total=total, desc="embedding", unit="image"))
         for source, (index, columns) in sources.items():
             for table, images in decoded_batches(index, columns, cfg, pool):
@@ -1108,7 +1173,10 @@ def write_embeddings(encoders: dict[Path, Encoder], sources: dict, cfg: Config, 
                     if path not in writers:
                         schema = dataio.with_metadata(rows.schema, notes[path])
                         writers[path] = pq.ParquetWriter(temporaries[path], schema, compression="none")
-                    writers[path].write_table(rows)
+                    ready[path].append(rows)
+                    if sum(map(len, ready[path])) >= dataio.CACHE_CHUNK:  # few large row groups, whatever embed.batch_size
+                        writers[path].write_table(pa.concat_tables(ready[path]))
+                        ready[path] = []
                 done += len(table)
                 hashes.update(table["image_hash"].to_pylist())
                 bar.update(len(table))
@@ -1118,7 +1186,8 @@ def write_embeddings(encoders: dict[Path, Encoder], sources: dict, cfg: Config, 
         last_words = {"sniperface.rows": str(done)}
         if train and cfg.embed.leak_check:
             last_words["sniperface.pictures_in_train"] = str(count_in_train(cfg, train, hashes))
-        for writer in writers.values():
+        for path, writer in writers.items():
+            writer.write_table(pa.concat_tables(ready[path]) if ready[path] else writer.schema.empty_table())
             writer.add_key_value_metadata(last_words)
             writer.close()
     return done
@@ -1157,10 +1226,11 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     path = find_checkpoint(cfg, folder)
     state = load_checkpoint(path)
     cfg = settings_of(state, cfg, typed)
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True  # fp32 in earnest, the same each time
     model = build_model(cfg)
     model.load_state_dict(state["model"])
     rows = None if cfg.embed.test_glob else locate_rows(cfg, cfg.embed.split, shards=state["meta"]["shards"] or None)
-    if rows and rows.table != state["meta"]["table"]:
+    if rows and state["meta"]["table"] not in (rows.table, *rows.extends):
         raise ValueError(
             f"{path} was trained with split table {state['meta']['table']}, {cfg.split.out_dir} has {rows.table}: "
             f"its test identities may have been trained on"
@@ -1207,6 +1277,7 @@ class Measured(NamedTuple):
     roc: dict[float, moco.Rate]  # TAR by FAR, as far as the impostors support it
     histogram: dict[str, np.ndarray]  # of genuine and impostor cosines, see `moco.roc`
     found: moco.Found
+    genuine: np.ndarray  # [P] cosine of each probe with its own template
     thresholds: dict[float, float | None]
 
 
@@ -1262,6 +1333,8 @@ def check_provenance(path: Path, note: dict) -> None:
             "checkpoint it was made",
             path,
         )
+    if note and note.get("trained_on") is None:
+        log.warning("%s: embed could not tell whether its identities were trained on", path)
     if note.get("trained_on"):
         raise ValueError(
             f"{path}: {note['trained_on']} of its identities were trained on; measure unseen ones. If they are other people "
@@ -1291,13 +1364,18 @@ def figures_of(rates: dict[str, moco.Rate]) -> dict[str, object]:
     }
 
 
-def closed_set_rates(data: Embeddings, cfg: EvalConfig, per_id: int, seed: int) -> dict[str, moco.Rate]:
-    """Rank-k of one enrolment draw."""
+def closed_set_ranks(data: Embeddings, cfg: EvalConfig, per_id: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rank [P] and identity [P] of the probes of one enrolment draw."""
     drawn = moco.enrol(data.names, data.keys, per_id, seed)
     gallery = moco.build_gallery(data.vectors[drawn.enrolled], drawn.identity[drawn.enrolled], cfg.template)
     people = drawn.identity[drawn.probes]
-    found = moco.search(data.vectors[drawn.probes], gallery.index(people), gallery, max(cfg.top_k))
-    return moco.rates({f"rank{k}": found.rank <= k for k in {1, *cfg.top_k}}, people, seed, cfg.bootstrap)
+    return moco.search(data.vectors[drawn.probes], gallery.index(people), gallery, max(cfg.top_k)).rank, people
+
+
+def closed_set_rates(data: Embeddings, cfg: EvalConfig, per_id: int, seed: int) -> dict[str, moco.Rate]:
+    """Rank-k of one enrolment draw."""
+    rank, people = closed_set_ranks(data, cfg, per_id, seed)
+    return moco.rates({f"rank{k}": rank <= k for k in {1, *cfg.top_k}}, people, cfg.seed, cfg.bootstrap)
 
 
 def measure(data: Embeddings, drawn: moco.Enrolment, cfg: EvalConfig) -> Measured:
@@ -1309,7 +1387,7 @@ def measure(data: Embeddings, drawn: moco.Enrolment, cfg: EvalConfig) -> Measure
     columns, thresholds = moco.verification(compared.genuine, compared.impostors, cfg.fars)
     columns |= moco.closed_set(found.rank, depth, exact=False) | {"mrr": 1 / compared.rank}
     rates = moco.rates(columns, people, cfg.seed, cfg.bootstrap)
-    shown = {name: rate for name, rate in rates.items() if not name.startswith("rank") or int(name[4:]) in cfg.top_k}
+    shown = {name: rate for name, rate in rates.items() if not name.startswith("rank") or int(name[4:]) in {1, 5, 10, *cfg.top_k}}
     figures = figures_of(shown) | {
         "cmc": [rates[f"rank{k}"].value for k in range(1, 21)], "impostor_pairs": int(compared.impostors.sum()),
         "thresholds": {f"far@{far:g}": at for far, at in thresholds.items() if at is not None},
@@ -1319,7 +1397,7 @@ def measure(data: Embeddings, drawn: moco.Enrolment, cfg: EvalConfig) -> Measure
     points = {float(name[4:]): column for name, column in points.items() if name.startswith("tar@")}
     roc = moco.rates(points, people, cfg.seed, cfg.bootstrap)
     shape = moco.roc(compared.genuine, compared.impostors)
-    return Measured(figures, [rates[f"rank{k}"] for k in range(1, 21)], roc, shape, found, thresholds)
+    return Measured(figures, [rates[f"rank{k}"] for k in range(1, 21)], roc, shape, found, compared.genuine, thresholds)
 
 
 def per_source(data: Embeddings, drawn: moco.Enrolment, found: Measured, cfg: EvalConfig) -> dict[str, dict]:
@@ -1334,7 +1412,8 @@ def per_source(data: Embeddings, drawn: moco.Enrolment, found: Measured, cfg: Ev
 
 def enrolment_draws(data: Embeddings, cfg: EvalConfig) -> dict:
     """Rank-1 over several draws of the enrolment pictures: how much of it is the luck of the draw."""
-    hits = [closed_set_rates(data, cfg, cfg.enroll_per_id, cfg.seed + n)["rank1"].value for n in range(cfg.repeats)]
+    ranks = (closed_set_ranks(data, cfg, cfg.enroll_per_id, cfg.seed + n)[0] for n in range(cfg.repeats))
+    hits = [float((rank == 1).mean()) for rank in ranks]
     spread = float(np.std(hits, ddof=1)) if len(hits) > 1 else None
     return {"draws": len(hits), "rank1_mean": float(np.mean(hits)), "rank1_std": spread}
 
@@ -1391,17 +1470,16 @@ def pair_figures(data: Embeddings, cfg: EvalConfig) -> dict:
     }  # fmt: skip
 
 
-def read_references(path: Path, data: Embeddings) -> dict[str, Embeddings]:
-    """The untrained encoder's and PCA's vectors of the same pictures, where `embed` wrote them."""
-    references = {}
-    for name in ("untrained", "pca"):
-        file = reference_path(path, name)
-        if file.exists():
-            reference = read_embeddings(file)
-            if not np.array_equal(reference.keys, data.keys) or not np.array_equal(reference.names, data.names):
-                raise ValueError(f"{file}: not the pictures of {path}; run command=embed again, or delete it")
-            references[name] = reference
-    return references
+def read_reference(path: Path, name: str, data: Embeddings) -> Embeddings | None:
+    """The untrained encoder's or PCA's vectors of the same pictures, None where `embed` wrote none."""
+    file = reference_path(path, name)
+    if not file.exists():
+        return None
+    reference = read_embeddings(file)
+    same_note = all(reference.note.get(key) == data.note.get(key) for key in ("table", "split", "data", "flip"))
+    if not same_note or not np.array_equal(reference.keys, data.keys) or not np.array_equal(reference.names, data.names):
+        raise ValueError(f"{file}: not the pictures of {path}, or embedded otherwise; run command=embed again, or delete it")
+    return reference
 
 
 def results_table(metrics: dict, measured: dict[str, Measured], cfg: EvalConfig) -> str:
@@ -1420,27 +1498,21 @@ def results_table(metrics: dict, measured: dict[str, Measured], cfg: EvalConfig)
     return "\n".join(lines)
 
 
-def find_pictures(cfg: Config, wanted: set[tuple[str, str, str]]) -> dict | None:
+def find_pictures(cfg: Config, side: str | None, wanted: set[tuple[str, str, str]]) -> dict | None:
     """Decode the pictures (source, file name, identity) from the data of the run; None if the data is not there."""
+    found, people = {}, {identity for _, _, identity in wanted}
     try:
-        indices = embedded_indices(cfg, locate_rows(cfg, cfg.embed.split) if cfg.embed.test_glob is None else None)
-        found = {}
-        for source, (index, columns) in indices.items():
+        for source, (index, columns) in embedded_indices(cfg, locate_rows(cfg, side) if side else None, people).items():
             for table in dataio.read_rows(index, columns):
-                names = zip(
-                    itertools.repeat(source),
-                    table["image_filename"].to_pylist(),
-                    table["identity_id"].to_pylist(),
-                    strict=False,
-                )
-                for i, key in enumerate(names):
+                names, identities = table["image_filename"].to_pylist(), table["identity_id"].to_pylist()
+                for key, data in zip(
+                    zip(itertools.repeat(source), names, identities, strict=False), table["image_bytes"], strict=True
+                ):
                     if key in wanted:
-                        found[key] = dataio.decode_image(
-                            table["image_bytes"][i].as_buffer(), cfg.data.image_size, cfg.data.max_image_pixels
-                        )
-        return found if wanted <= found.keys() else None
+                        found[key] = dataio.decode_image(data.as_buffer(), cfg.data.image_size, cfg.data.max_image_pixels)
     except (ValueError, OSError):
         return None
+    return found if wanted <= found.keys() else None
 
 
 def draw_neighbours(cfg: Config, path: Path, data: Embeddings, drawn: moco.Enrolment, found: Measured) -> None:
@@ -1450,17 +1522,15 @@ def draw_neighbours(cfg: Config, path: Path, data: Embeddings, drawn: moco.Enrol
     if cfg.eval.template != "centroid":
         return  # a row of the gallery is not an identity then
     codes, first = np.unique(drawn.identity[drawn.enrolled], return_index=True)
-    margin = found.found.score[:, 0] - np.einsum(
-        "nd,nd->n",
-        data.vectors[drawn.probes],
-        data.vectors[drawn.enrolled[first]][np.searchsorted(codes, drawn.identity[drawn.probes])],
-    )
+    margin = found.found.score[:, 0] - found.genuine  # by how much a wrong template won
     order = np.argsort(np.where(found.found.rank > 1, -margin, np.inf), kind="stable")
     wrong = int((found.found.rank > 1).sum())
     shown = np.concatenate([order[: min(6, wrong)], order[wrong : wrong + 2]])
     nearest = found.found.row[shown, : min(5, len(codes))]  # [8, 5]
     rows = np.concatenate([drawn.probes[shown][:, None], drawn.enrolled[first][nearest]], axis=1)  # [8, 6] of the file
-    pictures = find_pictures(cfg, {(data.sources[row], data.keys[row].split("/", 1)[1], data.names[row]) for row in rows.ravel()})
+    pictures = find_pictures(
+        cfg, data.note.get("split"), {(data.sources[row], data.keys[row].split("/", 1)[1], data.names[row]) for row in rows.ravel()}
+    )
     if pictures is None:
         log.info("no neighbours.png: the pictures of these embeddings are not where the settings say")
         return
@@ -1496,7 +1566,7 @@ def draw_results(
         curve(axes[0, 0], list(measured["trained"].roc), list(measured["trained"].roc), "chance", 3)
     with picture(plots / "similarity.png", width=6) as axes:
         found = measured["trained"]
-        edges = found.histogram["edge"][::8]  # bins of 0.04
+        edges = found.histogram["edge"][::8]
         middle = (edges[:-1] + edges[1:]) / 2
         for style, name in enumerate(("genuine", "impostors")):
             counts = found.histogram[name].reshape(-1, 8).sum(axis=1)
@@ -1537,6 +1607,16 @@ def write_report(cfg: Config, folder: Path, metrics: dict, table: str) -> None:
         temporary.write_text(string.Template((CONF / "templates" / "report.md").read_text()).substitute(values))
 
 
+def ranks_path(folder: Path, cfg: Config) -> Path:
+    """metrics.json -> metrics.ranks.parquet: the rank of each probe, from which `report` computes paired differences."""
+    return (folder / cfg.eval.out).with_suffix(".ranks.parquet")
+
+
+def read_log(run: Path) -> list[dict]:
+    path = run / "train_log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
     """Measure an embeddings file: figures to metrics.json, a table to the terminal, pictures and report.md to the run's folder."""
     if (folder / "config.yaml").exists():
@@ -1545,9 +1625,19 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
     path = find_embeddings(cfg.eval.embeddings, folder)
     data = read_embeddings(path)
     check_provenance(path, data.note)
+    lines = read_log(folder)
+    if cfg.embed.checkpoint == "last" and lines and data.note.get("step", lines[-1]["step"]) != lines[-1]["step"]:
+        log.warning(
+            "%s is of step %d, the run is at step %d: command=embed brings it up to date",
+            path,
+            data.note["step"],
+            lines[-1]["step"],
+        )
     drawn = moco.enrol(data.names, data.keys, cfg.eval.enroll_per_id, cfg.eval.seed)
-    encoders = {"trained": data, **read_references(path, data)}
-    measured = {name: measure(encoder, drawn, cfg.eval) for name, encoder in encoders.items()}
+    measured = {"trained": measure(data, drawn, cfg.eval)}
+    for name in ("untrained", "pca"):  # one at a time: each is as large as ours
+        if reference := read_reference(path, name, data):
+            measured[name] = measure(reference, drawn, cfg.eval)
     ours, people = measured["trained"], drawn.identity[drawn.probes]
     canonical = np.lexsort((data.keys, data.names))  # so that the order of the file decides nothing
     gallery = len(np.unique(drawn.identity[drawn.enrolled]))
@@ -1562,14 +1652,15 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
         "geometry": moco.geometry(data.vectors[canonical], drawn.identity[canonical], cfg.eval.seed),
         **{name: found.figures for name, found in measured.items() if name != "trained"},
     }  # fmt: skip
+    ranks = pa.table({"identity_id": data.names[drawn.probes], "picture": data.keys[drawn.probes], "rank": ours.found.rank})
+    with write_whole(ranks_path(folder, cfg)) as temporary:
+        pq.write_table(ranks, temporary)
     with write_whole(folder / cfg.eval.out) as temporary:
         temporary.write_text(json.dumps(metrics, indent=1))
-    ranks = pa.table({"identity_id": data.names[drawn.probes], "picture": data.keys[drawn.probes], "rank": ours.found.rank})
-    with write_whole(folder / "ranks.parquet") as temporary:
-        pq.write_table(ranks, temporary)
     table = results_table(metrics, measured, cfg.eval)
     log.info("%s", table)
-    draw_results(cfg, folder, path, data, drawn, measured, metrics)
+    with not_vital("pictures of the results"):
+        draw_results(cfg, folder, path, data, drawn, measured, metrics)
     write_report(cfg, folder, metrics, table)
     return metrics
 
@@ -1584,7 +1675,7 @@ def difference_to(first: Path, run: Path, cfg: Config) -> dict[str, float | None
     same.
     """
     names = ("rank1_change", "rank1_change_low", "rank1_change_high")
-    files = [path / "ranks.parquet" for path in (first, run)]
+    files = [ranks_path(path, cfg) for path in (first, run)]
     if not all(file.exists() for file in files):
         return dict.fromkeys(names)
     base, ours = (pq.read_table(file).sort_by([("identity_id", "ascending"), ("picture", "ascending")]) for file in files)
@@ -1612,7 +1703,8 @@ def report(cfg: Config, pattern: str) -> None:
         rates = {key: figures.get(key) for key in ("rank1", "rank5", "rank10", "mrr", "auc", "eer")}
         low, high = figures.get("rank1_ci", (None, None))
         change = difference_to(runs[0], run, cfg)
-        state = "measured" if figures else "trained" if any(run.glob("checkpoints/epoch_*.pt")) else "begun"
+        lines = read_log(run)
+        state = f"epoch {lines[-1]['epoch'] if lines else 0} of {setting['train.epochs']}" + (", measured" if figures else "")
         overrides = {key: str(setting.get(key)) for key in varied}
         rows.append({"run": run.name, "state": state, **overrides, **rates, "rank1_low": low, "rank1_high": high, **change})
     out = Path(os.path.commonpath(runs)) if len(runs) > 1 else runs[0].parent
@@ -1622,11 +1714,7 @@ def report(cfg: Config, pattern: str) -> None:
         with picture(out / "curves.png", 1, 2) as axes:
             for style, (run, figures) in enumerate(zip(runs, metrics, strict=True)):
                 name = ", ".join(f"{key.split('.')[-1]}={s}" for key in varied[:3] if (s := rows[style][key])) or run.name
-                lines = (
-                    [json.loads(line) for line in (run / "train_log.jsonl").read_text().splitlines()]
-                    if (run / "train_log.jsonl").exists()
-                    else []
-                )
+                lines = read_log(run)
                 curve(
                     axes[0, 0],
                     [line["step"] for line in lines],
@@ -1661,8 +1749,9 @@ def train_for_objective(cfg: Config, folder: Path) -> float:
     monitor = train(cfg, folder)
     if not cfg.split.validation_ratio:
         return monitor
+    out = "embeddings/val_embeddings.parquet"
     chosen = dataclasses.replace(
-        cfg.embed, checkpoint="last", split="val", references=False, out="embeddings/val_embeddings.parquet"
+        cfg.embed, checkpoint="last", split="val", test_glob=None, references=False, leak_check=False, out=out
     )
     embed(dataclasses.replace(cfg, embed=chosen), folder)
     return closed_set_rates(read_embeddings(folder / chosen.out), cfg.eval, cfg.eval.enroll_per_id, cfg.eval.seed)["rank1"].value
@@ -1682,7 +1771,7 @@ COMMANDS: dict[str, Callable[[Config, Path, set[str]], float | None]] = {
     "embed": embed,
     "eval": lambda cfg, folder, typed: evaluate(cfg, folder, typed) and None,
     "all": train_and_measure,
-    "report": lambda cfg, folder, typed: report(cfg, cfg.report.runs or str(folder)),
+    "report": lambda cfg, folder, typed: report(cfg, cfg.report.runs or glob.escape(str(folder))),
 }
 
 
@@ -1700,7 +1789,7 @@ def main(raw: DictConfig) -> float | None:
         with logging_redirect_tqdm():
             objective = COMMANDS[cfg.command](cfg, folder, typed_keys(HydraConfig.get().overrides.task))
             if HydraConfig.get().mode == RunMode.MULTIRUN and cfg.command in ("train", "eval", "all"):
-                report(cfg, str(folder.parent / "*"))  # so a sweep ends with its table
+                report(cfg, glob.escape(str(folder.parent)) + "/*")  # so a sweep ends with its table
             return objective
     except Exception:
         log.debug("failed", exc_info=True)  # for log.txt: the terminal gets one line
@@ -1726,5 +1815,8 @@ if __name__ == "__main__":
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra's own refusals arrive below as exceptions
     try:
         main()
+    except KeyboardInterrupt:
+        print("sniperface: stopped; the same command starts again where it can", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException) as error:
         sys.exit(f"sniperface: {in_short(error)}")

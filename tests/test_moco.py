@@ -244,7 +244,7 @@ def test_spread_is_about_one_for_even_rows_and_zero_for_a_collapse():
 def test_weight_decay_spares_what_has_one_dimension_and_the_fixed_scale_is_not_trained():
     cfg = settings("backbone=tiny", "moco.queue_size=512")
     model = sniperface.build_model(cfg)
-    decayed, free = sniperface.build_optimizer(model, cfg.train, torch.device("cpu")).param_groups
+    decayed, free = sniperface.build_optimizer(model, cfg.train, torch.device("cpu"), scaled=False).param_groups
     assert decayed["weight_decay"] == 0.0005
     assert free["weight_decay"] == 0
     assert all(p.ndim > 1 for p in decayed["params"])

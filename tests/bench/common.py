@@ -7,6 +7,7 @@ import contextlib
 import io
 import os
 import platform
+import resource
 import statistics
 import sys
 import time
@@ -23,8 +24,11 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that a benchmark runs from anywhere
+
+import dataio  # noqa: E402
+
 SIDE = 112
-CLOCK = [time.perf_counter]  # or time.process_time, see `count_processor_time`
+CLOCK = [time.perf_counter]  # or time.process_time, see `use_one_core`
 SCHEMA = pa.schema([("identity_id", pa.string()), ("image_filename", pa.string()), ("image_bytes", pa.binary())])
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,14 +73,25 @@ def read_settings(group: str, name: str) -> dict:
     return yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text())
 
 
+def read_augmentation() -> dataio.AugmentConfig:
+    """conf/augment/default.yaml"""
+    settings = read_settings("augment", "default")
+    return dataio.AugmentConfig(**{k: dataio.Op(**v) if isinstance(v, dict) else v for k, v in settings.items()})
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def count_processor_time() -> None:
-    """Count what this process computes instead of what the clock says: for a machine that others use as well."""
+def clock() -> float:
+    return CLOCK[0]()
+
+
+def use_one_core() -> None:
+    """Count what this process computes, on one thread, instead of what the clock says: for a machine that others use as well."""
     CLOCK[0] = time.process_time
+    torch.set_num_threads(1)
 
 
 @contextlib.contextmanager
@@ -97,17 +112,25 @@ def steady_rate(batches: Iterator, seconds: float, warm: int = 6) -> float:
     """Items a second of an endless sequence of batches, once its queues have filled; closes the sequence."""
     for _ in range(warm):
         next(batches)
-    count, start = 0, CLOCK[0]()
-    while (passed := CLOCK[0]() - start) < seconds or not count:
+    count, start = 0, clock()
+    while (passed := clock() - start) < seconds or not count:
         count += len(next(batches))
     batches.close()
     return count / passed
 
 
 def seconds_of(function: Callable[[], object]) -> float:
-    start = CLOCK[0]()
+    start = clock()
     function()
-    return CLOCK[0]() - start
+    return clock() - start
+
+
+def peak_mb() -> float:
+    """The most memory this process ever held. Not ru_maxrss: that of a started process begins at its parent's peak."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS, in bytes
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
 
 
 def alternate(contenders: dict[str, Callable[[], float]], rounds: int = 5) -> dict[str, list[float]]:
@@ -139,11 +162,12 @@ def describe_machine() -> str:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     load = f"load {os.getloadavg()[0]:.1f} at the start"
     packages = ("torch", "torchvision", "pillow", "pyarrow", "numpy", "faiss-cpu")
+    load += ", processor time" if CLOCK[0] is time.process_time else ""
     threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {load}"
     return ", ".join([cpu, threads, gpu, f"Python {platform.python_version()}", *map(version_of, packages)])
 
 
-WIDTHS = (3, 62, 12, 26, 12, 22, 10, 4)  # of the columns
+WIDTHS = (3, 62, 12, 32, 12, 22, 10, 4)  # of the columns
 
 
 def print_line(*cells: str) -> None:

@@ -1,0 +1,235 @@
+"""embed, eval and split beside the bare work in them. About five minutes on two cores.
+
+    uv run python tests/bench/embed_eval.py [--probes 300000 --templates 27500] [--rows N] [--only 11 12 13]
+
+| # | what | goal |
+|---|---|---|
+| 11 | embed: parquet -> vectors in a file, beside the forward pass alone at the same batch size | at least 0.9 of it |
+| 12 | eval: search, comparison of all pairs and rates, beside FAISS's search alone | at most 1.2 times it; under 3 GB |
+| 13 | split table of 1.6 million rows, beside reading the identity column alone | stated |
+|    | materialising train (written twice) and test shards, beside copying the same bytes to the disk | 0.35 and 0.7 of it |
+
+The usual way to embed: a loop with no_grad over a DataLoader in NCHW. The default sizes of 12 are small; the arguments give the
+real ones. Rates are images a second (11) or MB a second (13), eval is in seconds.
+"""
+
+import argparse
+import dataclasses
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from common import (
+    ROOT,
+    alternate,
+    clock,
+    digiface_codes,
+    make_pictures,
+    peak_mb,
+    print_head,
+    print_row,
+    seconds_of,
+    use_one_core,
+    write_faces,
+)  # fmt: skip
+from hydra import compose, initialize_config_dir
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.functional import to_tensor
+
+import dataio
+import moco
+import sniperface
+
+
+def settings(*overrides: str) -> sniperface.Config:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return sniperface.load_config(compose("config", list(overrides)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# eval
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def made_vectors(templates: int, probes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Five enrolled unit vectors for each template, then the probes, with their identities; a probe is near its people."""
+    rng = np.random.default_rng(0)
+    people = rng.standard_normal((templates, 512), np.float32)
+    identity = np.concatenate([np.repeat(np.arange(templates), 5), np.arange(probes) % templates])
+    vectors = np.empty((len(identity), 512), np.float32)
+    for start in range(0, len(identity), 50_000):
+        here = identity[start : start + 50_000]
+        part = people[here] + 2 * rng.standard_normal((len(here), 512), np.float32)
+        vectors[start : start + len(here)] = part / np.linalg.norm(part, axis=1, keepdims=True)
+    return vectors, identity
+
+
+def our_eval(vectors: np.ndarray, identity: np.ndarray, enrolled: int, cfg: sniperface.EvalConfig) -> dict[str, moco.Rate]:
+    """What sniperface.measure computes."""
+    gallery = moco.build_gallery(vectors[:enrolled], identity[:enrolled], cfg.template)
+    probes, people = vectors[enrolled:], identity[enrolled:]
+    own = gallery.index(people)
+    found, compared = moco.search(probes, own, gallery, 20), moco.compare(probes, own, gallery)
+    columns, _ = moco.verification(compared.genuine, compared.impostors, cfg.fars)
+    columns |= moco.closed_set(found.rank, 20, exact=False) | {"mrr": 1 / compared.rank}
+    return moco.rates(columns, people, cfg.seed, cfg.bootstrap)
+
+
+def measure_eval(args: argparse.Namespace) -> None:
+    """Goal 12. FAISS searches the same centroids for the same 21 nearest, in one call."""
+    cfg, enrolled = settings().eval, 5 * args.templates
+    vectors, identity = made_vectors(args.templates, args.probes)
+    gallery = moco.build_gallery(vectors[:enrolled], identity[:enrolled], "centroid")
+    index = faiss.IndexFlatIP(512)
+    index.add(gallery.vectors)
+    probes, own = vectors[enrolled:], gallery.index(identity[enrolled:])
+    found = alternate({
+        "ours": lambda: seconds_of(lambda: our_eval(vectors, identity, enrolled, cfg)),
+        "faiss": lambda: seconds_of(lambda: index.search(probes, 21)),
+        "search": lambda: seconds_of(lambda: moco.search(probes, own, gallery, 20)),
+        "compare": lambda: seconds_of(lambda: moco.compare(probes, own, gallery)),
+    }, args.rounds)  # fmt: skip
+    what = f"{args.probes} probes x {args.templates} centroids (s)"
+    print_row("12", f"eval of {what}", found["ours"], "FAISS's search alone", found["faiss"], "<= 1.2")
+    print_row("12", "of that: moco.search", found["search"], "FAISS's search alone", found["faiss"])
+    print_row("12", "of that: moco.compare, all pairs", found["compare"], "FAISS's search alone", found["faiss"])
+    print_row("12", "peak memory of this process until here (MB)", [peak_mb()], "limit", [3000.0], "<= 1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# embed
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class UsualDataset(Dataset):
+    """Encoded pictures in memory, decoded one at a time."""
+
+    def __init__(self, path: str):
+        self.encoded = pq.read_table(path, columns=["image_bytes"])["image_bytes"].to_pylist()
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return to_tensor(Image.open(io.BytesIO(self.encoded[i])).convert("RGB")) * 2 - 1
+
+
+@torch.no_grad()
+def usual_embedding(dataset: UsualDataset, backbone: torch.nn.Module, device: torch.device, batch: int, workers: int) -> Tensor:
+    return torch.cat([F.normalize(backbone(x.to(device))).cpu() for x in DataLoader(dataset, batch, num_workers=workers)])
+
+
+def measure_embedding(name: str, rows: int, args: argparse.Namespace, folder: Path) -> None:
+    """Goal 11: the same rows through the command's own function, through the encoder alone, and the usual way."""
+    cfg = settings(f"backbone={name}", f"embed.batch_size={args.batch}")
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, workers=1)) if args.cpu_time else cfg
+    device = sniperface.pick_device("auto")
+    path = write_faces(folder / f"{name}.parquet", np.arange(rows) // 72, make_pictures("png"))
+    index, dataset = dataio.build_index(path, None), UsualDataset(path)
+    usual = moco.build_backbone(cfg.backbone).to(device).eval()
+    encode = sniperface.backbone_encoder(moco.build_backbone(cfg.backbone), device, flip=False)
+    images = torch.randint(0, 256, (args.batch, 112, 112, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    out, source = folder / "vectors.parquet", {"digiface": (index, dataio.COLUMNS)}
+    workers = 0 if args.cpu_time else os.cpu_count() or 1
+    batches = -(-rows // args.batch)
+    encode(images)
+    found = alternate({
+        "ours": lambda: rows / seconds_of(lambda: sniperface.write_embeddings({out: encode}, source, cfg, {out: {}})),
+        "forward": lambda: batches * args.batch / seconds_of(lambda: [encode(images) for _ in range(batches)]),
+        "usual": lambda: rows / seconds_of(lambda: usual_embedding(dataset, usual, device, args.batch, workers)),
+    }, args.rounds)  # fmt: skip
+    what = f"{name}, batch {args.batch}: embed, {rows} PNG"
+    print_row("11", what, found["ours"], "forward alone", found["forward"], ">= 0.9")
+    print_row("11", what, found["ours"], "a loop with no_grad", found["usual"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# split
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_table(path: str, out: Path) -> dataio.Splits:
+    return dataio.write_identity_splits(dataio.collect_unique_identities(path), out, 0.75, seed=42)
+
+
+def copy_to_disk(source: str, target: Path) -> None:
+    """Copy through this process, as any program that changes the order must, and wait for the disk."""
+    with open(source, "rb") as reading, open(target, "wb") as writing:
+        shutil.copyfileobj(reading, writing, 1 << 20)
+        os.fsync(writing.fileno())
+
+
+def measure_split(args: argparse.Namespace, folder: Path) -> None:
+    """Goal 13. The file with pictures is as large as --rows says; the table's has 1.6 million rows of tiny ones."""
+    tiny = write_faces(folder / "tiny.parquet", digiface_codes(1.6 / 1.22), [bytes(16)])
+    tables = alternate({
+        "ours": lambda: seconds_of(lambda: make_table(tiny, folder / "tiny_table.parquet")),
+        "column": lambda: seconds_of(lambda: pq.read_table(tiny, columns=["identity_id"])),
+        "strings": lambda: seconds_of(lambda: set(pq.read_table(tiny, columns=["identity_id"])["identity_id"].to_pylist())),
+    }, args.rounds)  # fmt: skip
+    print_row("13", "split table of 1.6 million rows (s)", tables["ours"], "reading the column", tables["column"])
+    print_row("13", "split table of 1.6 million rows (s)", tables["ours"], "a Python set of its values", tables["strings"])
+    faces = write_faces(folder / "faces.parquet", np.arange(args.rows) // 72, make_pictures("png"))
+    make_table(faces, folder / "table.parquet")
+
+    def copied() -> float:
+        return os.path.getsize(faces) / 1e6 / seconds_of(lambda: copy_to_disk(faces, folder / "copy"))
+
+    def materialised(side: str) -> Callable[[], float]:
+        def measure() -> float:
+            shutil.rmtree(folder / side, ignore_errors=True)
+            start = clock()
+            shards = dataio.materialize_split(faces, folder / "table.parquet", folder / side, side)
+            return sum(shard.stat().st_size for shard in shards) / 1e6 / (clock() - start)
+
+        return measure
+
+    found = alternate({"copy": copied, "train": materialised("train"), "test": materialised("test")}, args.rounds)
+    print_row(
+        "13", "train shards of these rows, written twice (MB/s)", found["train"], "copy, with fsync", found["copy"], ">= 0.35"
+    )
+    print_row("13", "test shards of these rows (MB/s)", found["test"], "copy, with fsync", found["copy"], ">= 0.7")
+
+
+def main() -> None:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--probes", type=int, default=20_000)
+    parser.add_argument("--templates", type=int, default=5_000)
+    parser.add_argument("--rows", type=int, default=20_000, help="pictures to materialise")
+    parser.add_argument("--embed", type=int, help="pictures to embed; by default so many that a round takes seconds")
+    parser.add_argument("--batch", type=int, default=256 if on_gpu else 64, help="of embed")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="*", help="parts to measure: 11 12 13")
+    parser.add_argument("--cpu-time", action="store_true", help="count processor time, on one core: for a busy machine")
+    args = parser.parse_args()
+    if args.cpu_time:
+        use_one_core()
+        faiss.omp_set_num_threads(1)
+    print_head()
+
+    def wanted(part: str) -> bool:
+        return not args.only or part in args.only
+
+    with tempfile.TemporaryDirectory(prefix="sniperface_bench_") as folder:
+        if wanted("12"):
+            measure_eval(args)
+        if wanted("11"):
+            for name, rows in {"tiny": 1024, "iresnet50": 64}.items():
+                measure_embedding(name, args.embed or (20_480 if on_gpu else rows), args, Path(folder))
+        if wanted("13"):
+            measure_split(args, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
