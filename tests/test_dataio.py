@@ -7,6 +7,7 @@ import math
 import os
 import random
 import shutil
+import socket
 import threading
 import time
 from collections import Counter, namedtuple
@@ -102,8 +103,9 @@ def test_the_old_file_stays_when_writing_the_new_one_fails(tmp_path):
 
 def test_temporaries_of_dead_processes_are_removed_and_those_of_others_are_not(tmp_path):
     path = tmp_path / "a [1].txt"
-    dead, alive = tmp_path / f".{path.name}.999999999.tmp", tmp_path / f".{path.name}.{os.getppid()}.tmp"
-    other = tmp_path / ".b.txt.999999999.tmp"
+    here, parent = socket.gethostname(), os.getppid()
+    dead, alive = tmp_path / f".{path.name}.~999999999~{here}.tmp", tmp_path / f".{path.name}.~{parent}~{here}.tmp"
+    other = tmp_path / f".{path.name}.~999999999~elsewhere.tmp"
     for file in (dead, alive, other):
         file.write_text("left")
     with dataio.write_whole(path) as temporary:
@@ -223,7 +225,7 @@ def test_validation_identities_come_out_of_the_train_side_only(tmp_path):
 def test_the_table_says_how_it_was_made_and_its_hash_follows_its_content(tmp_path):
     splits = split(PEOPLE, tmp_path, 0.6, 7, validation_ratio=0.25)
     counts = {"train": 27, "val": 9, "test": 24}
-    assert splits.note == {"seed": 7, "train_ratio": 0.6, "validation_ratio": 0.25, "counts": counts}
+    assert splits.note == {"seed": 7, "train_ratio": 0.6, "validation_ratio": 0.25, "counts": counts, "extends": []}
     table = pq.read_table(tmp_path / "splits.parquet")
     assert Counter(table["split"].to_pylist()) == counts
     pq.write_table(table.take(shuffled(np.arange(60))), tmp_path / "reordered.parquet")
@@ -985,7 +987,7 @@ def test_a_cache_build_that_was_killed_goes_on_where_it_was(source, tmp_path, sm
     cache = dataio.DecodedCache(stream_of(source), tmp_path / "c")
     assert len(calls) == 300 - 4 * 32
     assert [number_of(np.moveaxis(image, -1, 0)) for image in cache.images] == list(range(300))
-    assert sorted(p.suffix for p in (tmp_path / "c").iterdir()) == [".json", ".u8"]
+    assert sorted(p.suffix for p in (tmp_path / "c").iterdir()) == [".json", ".lock", ".u8"]
 
 
 def test_a_cache_killed_just_before_it_got_its_name_is_finished_without_decoding(source, tmp_path, small_chunks, monkeypatch):
@@ -1029,7 +1031,7 @@ def test_a_cache_that_does_not_fit_on_the_disk_is_refused_before_decoding(source
     with pytest.raises(OSError, match="the decoded cache needs"):
         dataio.DecodedCache(stream_of(source), tmp_path / "c")
     assert not calls
-    assert not (tmp_path / "c").exists()
+    assert [p.suffix for p in (tmp_path / "c").iterdir()] == [".lock"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
