@@ -172,7 +172,8 @@ def copy_to_disk(source: str, target: Path) -> None:
 def measure_split(args: argparse.Namespace, folder: Path) -> None:
     """Goal 13, with the disk by the clock, whatever --cpu-time says.
 
-    The file with pictures is as large as --rows says; the table's has 1.6 million rows of tiny ones."""
+    The file with pictures is as large as --rows says; the table's has 1.6 million rows of tiny ones.
+    """
     tiny = write_faces(folder / "tiny.parquet", digiface_codes(1.6 / 1.22), [bytes(16)])
     tables = alternate({
         "ours": lambda: seconds_of(lambda: make_table(tiny, folder / "tiny_table.parquet")),
