@@ -78,6 +78,17 @@ def is_running(process: str, host: str) -> bool:
 
 
 @contextmanager
+def naming_output(path: Path) -> Iterator[None]:
+    """Let an error of the disk name the file that was written: a full disk does not say which."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
+@contextmanager
 def write_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; when the block ends well, what was written there takes the name `path` at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,11 +98,12 @@ def write_whole(path: Path) -> Iterator[Path]:
             stale.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.~{os.getpid()}~{socket.gethostname()}.tmp")
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        with naming_output(path):
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -145,7 +157,7 @@ def first_line(error: BaseException) -> str:
 def open_parquet(path: Path, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
     """Open for reading row group by row group. `pre_buffer` would keep the whole file in memory."""
     try:
-        return pq.ParquetFile(path, metadata=metadata, pre_buffer=False)
+        return pq.ParquetFile(path, metadata=metadata, pre_buffer=False, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(
             f"{path}: not a readable parquet file ({first_line(error)}); remove it from the glob or fetch it again"
@@ -188,7 +200,7 @@ def naming(path: Path) -> Iterator[None]:
     """Let what a damaged file raises name it."""
     try:
         yield
-    except (OSError, pa.ArrowException, UnicodeDecodeError, StopIteration) as error:
+    except (OSError, OverflowError, pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError, StopIteration) as error:
         raise ValueError(f"{path}: damaged ({first_line(error)}); remove it from the glob or fetch it again") from error
 
 
@@ -202,7 +214,11 @@ def read_identities(parquet: pq.ParquetFile, path: Path, group: int, columns: Co
 
 def read_metadata(path: Path) -> dict:
     """What we noted in a file of ours when it was written; empty for a foreign one."""
-    return json.loads((open_parquet(path).schema_arrow.metadata or {}).get(METADATA_KEY, b"{}"))
+    with naming(path):
+        note = json.loads((open_parquet(path).schema_arrow.metadata or {}).get(METADATA_KEY, b"{}"))
+    if not isinstance(note, dict):
+        raise ValueError(f"{path}: its note {note!r} is not one of ours; write the file again")
+    return note
 
 
 def with_metadata(schema: pa.Schema, note: dict) -> pa.Schema:
@@ -274,13 +290,13 @@ def read_identity_splits(path: str | Path) -> Splits:
     """Read a split table. Raises ValueError for a file that is none, or that gives an identity two sides."""
     path = Path(path)
     parquet = open_parquet(path)
-    if not {"identity_id", "split"} <= set(parquet.schema_arrow.names):
-        raise ValueError(f"{path}: not a split table, its columns are {parquet.schema_arrow.names}; expected identity_id and split")
-    table = parquet.read(columns=["identity_id", "split"])
-    names, sides = (
-        as_strings(table["identity_id"], path, "identity_id").to_pylist(),
-        as_strings(table["split"], path, "split").to_pylist(),
-    )
+    with naming(path):
+        found = parquet.schema_arrow.names
+    if any(found.count(name) != 1 for name in ("identity_id", "split")):
+        raise ValueError(f"{path}: not a split table, its columns are {found}; expected identity_id and split")
+    with naming(path):
+        table = parquet.read(columns=["identity_id", "split"])
+        names, sides = (as_strings(table[name], path, name).to_pylist() for name in ("identity_id", "split"))
     if len(set(names)) != len(names) or not set(sides) <= {"train", "val", "test"}:
         raise ValueError(f"{path}: a split table has each identity once, as train, val or test; delete it and run command=split")
     identities: dict[str, list[str]] = {"train": [], "val": [], "test": []}
@@ -319,7 +335,7 @@ def write_identity_splits(
     }
     table = pa.table({"identity_id": names, "split": [sides[name] for name in names]})
     with write_whole(Path(out_path)) as temporary:
-        pq.write_table(table.cast(with_metadata(table.schema, note)), temporary)
+        pq.write_table(table.cast(with_metadata(table.schema, note)), temporary, write_page_checksum=True)
     return read_identity_splits(out_path)
 
 
@@ -358,7 +374,7 @@ def mark_pictures(path: Path, parquet: pq.ParquetFile, group: int, columns: Colu
         found = parquet.metadata.row_group(group)
         chunk = next(c for c in map(found.column, range(found.num_columns)) if c.path_in_schema == columns.image)
     start = chunk.data_page_offset if chunk.dictionary_page_offset is None else chunk.dictionary_page_offset
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         ends = b"".join(
             os.pread(file.fileno(), 4096, max(start, place)) for place in (start, start + chunk.total_compressed_size - 4096)
         )
@@ -494,8 +510,8 @@ def write_shard(path: Path, tables: Iterable[pa.Table], note: dict) -> None:
     """Write tables of SHARD_SCHEMA as row groups of ROW_GROUP_ROWS, images uncompressed: they are compressed already."""
     packing = {
         "compression": {"identity_id": "zstd", "image_filename": "zstd", "image_bytes": "none"},
-        "use_dictionary": ["identity_id"],
-    }
+        "use_dictionary": ["identity_id"], "write_page_checksum": True,
+    }  # fmt: skip
     with (
         write_whole(path) as temporary,
         pq.ParquetWriter(temporary, with_metadata(SHARD_SCHEMA, note), write_statistics=["identity_id"], **packing) as writer,
@@ -516,7 +532,7 @@ def scatter_rows(index: RowIndex, columns: Columns, shard_of: np.ndarray, folder
     folder.mkdir()
     schema = SHARD_SCHEMA.append(pa.field("number", pa.int64()))
     count, done = int(shard_of.max()) + 1, 0
-    with ExitStack() as stack:
+    with naming_output(folder), ExitStack() as stack:
         writers = [stack.enter_context(pa.ipc.new_stream(str(folder / f"{shard:05d}.arrow"), schema)) for shard in range(count)]
         for table in read_rows(index, columns):
             numbers = np.arange(done, done + len(table))
@@ -851,11 +867,23 @@ class ParquetImageStream:
         )  # fmt: skip
 
 
+def read_sums(note: Path) -> list[int]:
+    """The checksums of the chunks that are finished. Raises ValueError for a file that does not hold such a list."""
+    try:
+        sums = json.loads(note.read_bytes()) if note.exists() else []
+        if isinstance(sums, list) and all(isinstance(number, int) for number in sums):
+            return sums
+    except ValueError:
+        pass
+    raise ValueError(f"{note}: not the checksums of a cache; delete it and the files beside it, they will be made again")
+
+
 def build_cache(stream: ParquetImageStream, part: Path, note: Path, shape: tuple[int, ...], workers: int | None) -> None:
     """Decode the images of `stream` into the file `part`, from where a stopped build left off; checksums of chunks go to `note`."""
-    sums: list[int] = json.loads(note.read_text()) if note.exists() and part.exists() else []
     if not part.exists():
         need_space(part.parent, math.prod(shape), "the decoded cache")
+        note.unlink(missing_ok=True)  # of a cache that was deleted: nothing of this one is decoded yet
+    sums = read_sums(note)
     with open(part, "ab") as file:
         os.posix_fallocate(file.fileno(), 0, math.prod(shape))  # a full disk is an error here, and a dead process in the map
     images = np.memmap(part, np.uint8, "r+", shape=shape)
@@ -893,7 +921,7 @@ def open_cache(stream: ParquetImageStream, folder: Path, workers: int | None) ->
         raise ValueError(
             f"{final}: has {final.stat().st_size} bytes instead of {math.prod(shape)}, or its checksums are gone; delete it"
         )
-    images, sums = np.memmap(final, np.uint8, "r", shape=shape), json.loads(note.read_text())
+    images, sums = np.memmap(final, np.uint8, "r", shape=shape), read_sums(note)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # crc32 releases the GIL
         starts = range(0, len(images), CACHE_CHUNK)
         found = list(pool.map(lambda start: zlib.crc32(images[start : start + CACHE_CHUNK]), starts))

@@ -259,13 +259,17 @@ def find_sources(cfg: Config) -> dict[str, list[Path]]:
         folder = Path(cfg.data.digiface_glob).parent
         dataio.write_demo_faces(folder, cfg.data.demo_identities, 16, 8, cfg.data.image_size, seed=0)
     try:
-        return {source: dataio.find_files(pattern) for source, pattern in sources_of(cfg).items()}
+        files = {source: dataio.find_files(pattern) for source, pattern in sources_of(cfg).items()}
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error}.\nThe data is DigiFace-1M (github.com/microsoft/DigiFace1M) and Digi2Real (Idiap) as parquet, see README.md; "
             "set data.digiface_glob and data.digi2real_glob.\n"
             "To see everything work without data: uv run python sniperface.py experiment=demo"
         ) from error
+    doubled = set.intersection(*({path.resolve() for path in paths} for paths in files.values())) if len(files) > 1 else set()
+    if doubled:  # its pictures would be enrolled under one source and probed under the other
+        raise ValueError(f"{min(doubled)}: matches both data.digiface_glob and data.digi2real_glob; give each source its own files")
+    return files
 
 
 def read_split_table(cfg: Config, extend: bool = False) -> dataio.Splits:
@@ -309,7 +313,7 @@ class Rows:
 
 def complete_shards(folder: Path, table: str, side: str) -> list[str]:
     """The shards in a folder, all of them, of one split table and one side. Raises ValueError otherwise."""
-    paths = dataio.find_files(str(folder / "*.parquet"))
+    paths = dataio.find_files(f"{glob.escape(str(folder))}/*.parquet")
     notes = [dataio.read_metadata(path) for path in paths]
     if any((note.get("table"), note.get("split"), note.get("shards")) != (table, side, len(paths)) for note in notes):
         raise ValueError(
@@ -345,7 +349,9 @@ def locate_rows(cfg: Config, side: str, shards: bool | None = None) -> Rows:
     folders = {source: Path(cfg.split.out_dir) / side / source for source in files}
     if shards is not False and all(folder.is_dir() for folder in folders.values()):
         of_data = {s: dataio.build_index(list(map(str, p)), splits.identities[side], cfg.data.columns) for s, p in files.items()}
-        found = {s: dataio.read_metadata(dataio.find_files(str(folder / "*.parquet"))[0]) for s, folder in folders.items()}
+        found = {
+            s: dataio.read_metadata(dataio.find_files(f"{glob.escape(str(folder))}/*.parquet")[0]) for s, folder in folders.items()
+        }
         if all((found[s].get("table"), found[s].get("source")) == (splits.hash, of_data[s].fingerprint) for s in files):
             complete = {source: (complete_shards(folder, splits.hash, side), None) for source, folder in folders.items()}
             return Rows(complete, splits.hash, True, splits.note.get("extends", []))
@@ -421,6 +427,17 @@ def differences(saved: dict, asked: dict) -> dict[str, tuple]:
     return {key: pair for key, pair in pairs.items() if not any((key + ".").startswith(free + ".") for free in NOT_THE_RESULT)}
 
 
+def read_saved_settings(path: Path) -> dict:
+    """The config.yaml of a run, interpolations as they stand. Raises ValueError for a file that is none."""
+    try:
+        saved = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        if not isinstance(saved, dict) or not isinstance(saved.get("data"), dict):
+            raise ValueError("no settings of a run")
+        return saved
+    except Exception as error:  # yaml's and omegaconf's
+        raise ValueError(f"{path}: cannot be used: {dataio.first_line(error)}") from error
+
+
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
     """Only one process trains in a run folder. Raises ValueError for the second one."""
@@ -445,6 +462,10 @@ def load_checkpoint(path: Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not {"model", "config", "meta", "step"} <= state.keys():
             raise ValueError("not a checkpoint of this program")
+        kinds = {"model": dict, "config": dict, "meta": dict, "step": int, "optimizer": dict, "scaler": dict, "monitor": dict}
+        wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
+        if wrong or not {"table", "shards", "sources", "precision"} <= state["meta"].keys():
+            raise ValueError(f"not a whole checkpoint of this program: {wrong or 'meta'} is not as it writes it")
         return state
     except FileNotFoundError:
         raise
@@ -631,6 +652,15 @@ def build_optimizer(model: moco.MoCo, cfg: TrainConfig, device: torch.device, sc
     return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, fused=device.type in ("cpu", "cuda") and not scaled)
 
 
+def load_weights(model: moco.MoCo, state: dict) -> None:
+    """Put a checkpoint's weights into `model`. Raises ValueError where they are those of another one."""
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        told = " ".join(str(error).split())[:300]
+        raise ValueError(f"the weights of this checkpoint do not fit its own settings: {told}") from error
+
+
 class Training:
     """All that a step changes and a checkpoint holds: the model, the optimiser, the scaler, the monitor and the step."""
 
@@ -651,7 +681,7 @@ class Training:
         }  # fmt: skip
 
     def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
+        load_weights(self.model, state)
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
@@ -849,7 +879,8 @@ def step_figures(
         "step": step, "epoch": (step - 1) // schedule.steps_per_epoch + 1, **tensors,
         "chance_loss": round(moco.chance_loss(cfg.moco.queue_size, cfg.moco.temperature, cfg.moco.margin), 6),
         "queue_ptr": int(out.queue_ptr), "lr": training.optimizer.param_groups[0]["lr"], "key_momentum": key_momentum,
-        "grad_norm": round(float(grad_norm), 6), "digiface_share": round(schedule.digiface_share(since, step), 4),
+        "grad_norm": round(float(grad_norm), 6) if torch.isfinite(grad_norm) else None,  # a step that fp16 skipped: NaN is no JSON
+        "digiface_share": round(schedule.digiface_share(since, step), 4),
     }  # fmt: skip
 
 
@@ -962,7 +993,8 @@ def train(cfg: Config, folder: Path) -> float:
         device = pick_device(cfg.device)
         training = Training(cfg, device)
         state_bytes = 4 * sum(p.numel() * p.element_size() for p in training.model.query.parameters())
-        dataio.need_space(folder, (cfg.train.keep_last + 4) * state_bytes, "a run's checkpoints")
+        if not saved:  # a run that goes on has most of them already
+            dataio.need_space(folder, (cfg.train.keep_last + 4) * state_bytes, "a run's checkpoints")
         rows = locate_rows(cfg, "train", shards=saved["meta"]["shards"] if saved else None)
         sources = cached(cfg, open_streams(cfg, rows), device)
         schedule = dataio.Schedule(cfg.curriculum, [len(source) for source in sources], cfg.train.batch_size, cfg.train.epochs)
@@ -1172,7 +1204,7 @@ def write_embeddings(encoders: dict[Path, Encoder], sources: dict, cfg: Config, 
                     rows = embedding_table(table, source, encode(images).numpy())
                     if path not in writers:
                         schema = dataio.with_metadata(rows.schema, notes[path])
-                        writers[path] = pq.ParquetWriter(temporaries[path], schema, compression="none")
+                        writers[path] = pq.ParquetWriter(temporaries[path], schema, compression="none", write_page_checksum=True)
                     ready[path].append(rows)
                     if sum(map(len, ready[path])) >= dataio.CACHE_CHUNK:  # few large row groups, whatever embed.batch_size
                         writers[path].write_table(pa.concat_tables(ready[path]))
@@ -1228,7 +1260,7 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     cfg = settings_of(state, cfg, typed)
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True  # fp32 in earnest, the same each time
     model = build_model(cfg)
-    model.load_state_dict(state["model"])
+    load_weights(model, state)
     rows = None if cfg.embed.test_glob else locate_rows(cfg, cfg.embed.split, shards=state["meta"]["shards"] or None)
     if rows and state["meta"]["table"] not in (rows.table, *rows.extends):
         raise ValueError(
@@ -1295,14 +1327,17 @@ def find_embeddings(name: str, folder: Path) -> Path:
 def read_embeddings(path: Path) -> Embeddings:
     """Read and check a file of `embed`, or a foreign one with the same columns. Raises ValueError for what cannot be measured."""
     parquet = dataio.open_parquet(path)
-    missing = {"identity_id", "image_filename", "embedding"} - set(parquet.schema_arrow.names)
-    kind = None if missing else parquet.schema_arrow.field("embedding").type
-    if missing or not pa.types.is_fixed_size_list(kind) or kind.value_type != pa.float32():
+    with dataio.naming(path):
+        found = parquet.schema_arrow.names
+    wrong = len(set(found)) < len(found) or not {"identity_id", "image_filename", "embedding"} <= set(found)
+    kind = None if wrong else parquet.schema_arrow.field("embedding").type
+    if wrong or not pa.types.is_fixed_size_list(kind) or kind.value_type != pa.float32() or not kind.list_size:
         raise ValueError(
             f"{path}: needs identity_id, image_filename and embedding fixed_size_list<float32>, found "
             f"{parquet.schema_arrow.names} ({kind})"
         )
-    table = parquet.read()
+    with dataio.naming(path):
+        table = parquet.read()
     last_words = parquet.metadata.metadata or {}
     rows, leaked = last_words.get(b"sniperface.rows"), last_words.get(b"sniperface.pictures_in_train")
     if rows and int(rows) != len(table):
@@ -1316,7 +1351,8 @@ def read_embeddings(path: Path) -> Embeddings:
     moco.check_vectors(vectors, str(path))
 
     def strings(name: str) -> np.ndarray:
-        return np.array(dataio.as_strings(table[name], path, name).to_pylist())
+        with dataio.naming(path):
+            return np.array(dataio.as_strings(table[name], path, name).to_pylist())
 
     sources = strings("source") if "source" in table.column_names else np.full(len(table), "file")
     keys = np.char.add(np.char.add(sources, "/"), strings("image_filename"))
@@ -1443,10 +1479,18 @@ def open_set_figures(data: Embeddings, cfg: EvalConfig) -> dict:
 
 def pair_figures(data: Embeddings, cfg: EvalConfig) -> dict:
     """Accuracy over the folds of a pair protocol such as LFW, the threshold from the other folds."""
-    table = dataio.open_parquet(Path(cfg.pairs)).read()
-    missing = {"fold", "image_filename_a", "image_filename_b", "same"} - set(table.column_names)
-    if missing:
-        raise ValueError(f"{cfg.pairs}: lacks the columns {sorted(missing)} of a pair protocol")
+    wanted = ["fold", "image_filename_a", "image_filename_b", "same"]
+    parquet, t = dataio.open_parquet(Path(cfg.pairs)), pa.types
+    kinds = {name: parquet.schema_arrow.field(name).type for name in wanted if parquet.schema_arrow.names.count(name) == 1}
+    fits = {"fold": t.is_integer, "same": lambda kind: t.is_boolean(kind) or t.is_integer(kind)}
+    wrong = [name for name in wanted if name not in kinds or not fits.get(name, lambda kind: True)(kinds[name])]
+    if wrong:
+        raise ValueError(f"{cfg.pairs}: needs {wanted}, fold an integer, same a boolean or 0 and 1; look at {wrong}: {kinds}")
+    with dataio.naming(Path(cfg.pairs)):
+        table = parquet.read(columns=wanted)
+    empty = [name for name in wanted if table[name].null_count]
+    if empty or not set(table["same"].unique().to_pylist()) <= {0, 1}:
+        raise ValueError(f"{cfg.pairs}: no value may be missing (look at {empty}) and same must be 0 or 1")
     files = [key.split("/", 1)[1] for key in data.keys.tolist()]
     row_of = dict(zip(files, range(len(files)), strict=True))
     sides = [table[f"image_filename_{side}"].to_pylist() for side in "ab"]
@@ -1461,7 +1505,10 @@ def pair_figures(data: Embeddings, cfg: EvalConfig) -> dict:
     a, b = ([row_of[name] for name in side] for side in sides)
     score = np.einsum("nd,nd->n", data.vectors[a], data.vectors[b])
     same, fold = table["same"].to_numpy().astype(bool), table["fold"].to_numpy()
-    found = moco.pair_accuracy(score, same, fold)
+    try:
+        found = moco.pair_accuracy(score, same, fold)
+    except ValueError as error:
+        raise ValueError(f"{cfg.pairs}: {error}") from error
     columns, threshold = moco.verification(score[same], moco.count_scores(score[~same]), cfg.fars)
     return {
         "pairs": len(score), "accuracy": found.mean, "standard_error": found.standard_error,
@@ -1613,15 +1660,17 @@ def ranks_path(folder: Path, cfg: Config) -> Path:
 
 
 def read_log(run: Path) -> list[dict]:
-    path = run / "train_log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    path, lines = run / "train_log.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # the last line of a run that goes on, or was killed, may be half a line
+            lines.append(json.loads(line))
+    return lines
 
 
 def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
     """Measure an embeddings file: figures to metrics.json, a table to the terminal, pictures and report.md to the run's folder."""
     if (folder / "config.yaml").exists():
-        saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=False)
-        cfg = settings_of({"config": saved}, cfg, typed)
+        cfg = settings_of({"config": read_saved_settings(folder / "config.yaml")}, cfg, typed)
     path = find_embeddings(cfg.eval.embeddings, folder)
     data = read_embeddings(path)
     check_provenance(path, data.note)
@@ -1693,7 +1742,7 @@ def report(cfg: Config, pattern: str) -> None:
     runs = sorted({Path(path).parent for path in glob.glob(f"{pattern}/config.yaml")})
     if not runs:
         raise FileNotFoundError(f"report.runs={pattern}: no run there (a folder with config.yaml)")
-    settings = [flat(OmegaConf.to_container(OmegaConf.load(run / "config.yaml"), resolve=False)) for run in runs]
+    settings = [flat(read_saved_settings(run / "config.yaml")) for run in runs]
     varied = sorted(
         key for key in settings[0] if key not in ("run", "run_dir", "command") and len({str(s.get(key)) for s in settings}) > 1
     )
