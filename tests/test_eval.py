@@ -117,7 +117,7 @@ def test_a_report_sets_runs_side_by_side_with_paired_differences(tmp_path):
     for number, noise in enumerate((2.5, 0.5)):
         run = tmp_path / f"run_{number}"
         evaluate(run, write_vectors(run / "a.parquet", noise=noise))
-        (run / "config.yaml").write_text(f"train:\n  epochs: 3\n  lr: 0.{number + 1}\n")
+        (run / "config.yaml").write_text(f"data:\n  workers: 1\ntrain:\n  epochs: 3\n  lr: 0.{number + 1}\n")
         (run / "train_log.jsonl").write_text('{"step": 4, "epoch": 2, "loss": 5.0}\n')
     sniperface.report(settings(), f"{tmp_path}/run_*")
     first, second = csv.DictReader((tmp_path / "table.csv").read_text().splitlines())
