@@ -158,7 +158,7 @@ def open_parquet(path: Path, metadata: pq.FileMetaData | None = None) -> pq.Parq
     """Open for reading row group by row group. `pre_buffer` would keep the whole file in memory."""
     try:
         return pq.ParquetFile(path, metadata=metadata, pre_buffer=False, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, OverflowError, UnicodeDecodeError, pa.ArrowException) as error:
         raise ValueError(
             f"{path}: not a readable parquet file ({first_line(error)}); remove it from the glob or fetch it again"
         ) from error
@@ -491,6 +491,11 @@ def read_rows(index: RowIndex, columns: Columns) -> Iterator[pa.Table]:
                 table = pa.Table.from_batches([batch]).select(names).rename_columns(SHARD_SCHEMA.names)
                 if len(inside):
                     yield table.cast(SHARD_SCHEMA).take(inside)  # cast first: pyarrow cannot take from views
+        if offset <= wanted[-1]:  # a damaged footer: pyarrow stops at the shortest column, without a word
+            raise ValueError(
+                f"{index.paths[number]} row group {group}: ends at row {offset}, the index expects row {wanted[-1]}; "
+                f"damaged; remove it from the glob or fetch it again"
+            )
 
 
 def image_bytes_of(index: RowIndex, columns: Columns) -> int:
