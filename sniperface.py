@@ -594,13 +594,7 @@ def draw_training(folder: Path) -> None:
             for style, name in enumerate(names):
                 there = [line for line in lines if name in line]
                 curve(
-                    panel,
-                    [line["step"] for line in there],
-                    [line[name] for line in there],
-                    name,
-                    style,
-                    xlabel="step",
-                    ylabel=unit,
+                    panel, [line["step"] for line in there], [line[name] for line in there], name, style, xlabel="step", ylabel=unit
                 )
 
 
@@ -890,12 +884,7 @@ def progress_bar(training: Training, schedule: dataio.Schedule) -> tqdm:
 
 
 def run_steps(
-    training: Training,
-    mix: dataio.CurriculumMixStream,
-    schedule: dataio.Schedule,
-    monitor: Monitor,
-    last_step: int,
-    folder: Path,
+    training: Training, mix: dataio.CurriculumMixStream, schedule: dataio.Schedule, monitor: Monitor, last_step: int, folder: Path
 ) -> None:
     """The training loop: each line is one step of the paper."""
     cfg, model, optimizer, scaler = training.cfg, training.model.train(), training.optimizer, training.scaler

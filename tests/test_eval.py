@@ -64,10 +64,7 @@ def test_both_templates_beat_chance(tmp_path, template):
 
 @pytest.mark.parametrize(
     ("damage", "told"),
-    [
-        (lambda v: v * 2, "not of unit length"),
-        (lambda v: np.where(np.arange(len(v))[:, None] == 3, np.nan, v), "NaN"),
-    ],
+    [(lambda v: v * 2, "not of unit length"), (lambda v: np.where(np.arange(len(v))[:, None] == 3, np.nan, v), "NaN")],
 )
 def test_vectors_that_would_make_the_figures_wrong_are_refused(tmp_path, damage, told):
     whole = sniperface.read_embeddings(write_vectors(tmp_path / "a.parquet")).vectors

@@ -322,10 +322,7 @@ def test_a_kill_while_shards_are_written_loses_nothing(data, unbroken, tmp_path,
     assert all(a.equals(b) for a, b in zip(make(tmp_path / "killed"), make(tmp_path / "whole"), strict=True))
 
 
-@pytest.mark.parametrize(
-    "instant",
-    ["before replace test_embeddings.parquet", "half metrics.json", "half metrics.ranks.parquet"],
-)
+@pytest.mark.parametrize("instant", ["before replace test_embeddings.parquet", "half metrics.json", "half metrics.ranks.parquet"])
 def test_a_kill_while_vectors_or_figures_are_written_loses_nothing(data, unbroken, trained, expected, instant):
     cfg = job(unbroken, data)
 

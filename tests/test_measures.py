@@ -302,10 +302,7 @@ def open_set_case(generator, known=400, unknown=200):
     rank = np.where(generator.random(known) < 1 / 3, 2, 1)
     known_score, unknown_score = generator.normal(0.5, 0.1, (known, 1)), generator.normal(0.3, 0.1, (unknown, 1))
     nobody = np.zeros((unknown, 1), np.int32)
-    return (
-        m.Found(rank, nobody, known_score.astype(np.float32)),
-        m.Found(nobody[:, 0], nobody, unknown_score.astype(np.float32)),
-    )
+    return (m.Found(rank, nobody, known_score.astype(np.float32)), m.Found(nobody[:, 0], nobody, unknown_score.astype(np.float32)))
 
 
 def test_tpir_agrees_with_plain_numpy_and_refuses_too_few_unknown_probes():
