@@ -942,7 +942,7 @@ class DecodedCache:
     order_kind, on_device = "permutation", False
 
     def __init__(self, stream: ParquetImageStream, folder: str | Path, workers: int | None = None):
-        self.seed, self.image_size, self.bad = stream.seed, stream.image_size, stream.bad
+        self.index, self.seed, self.image_size, self.bad = stream.index, stream.seed, stream.image_size, stream.bad
         self.fingerprint = digest(self.order_kind, stream.index.fingerprint)
         self.images: np.ndarray | Tensor = open_cache(stream, Path(folder), workers)
         self.order = functools.lru_cache(maxsize=2)(self.order)
@@ -1063,6 +1063,12 @@ class CurriculumMixStream:
         start = self.first_step if start is None else start
         stop = self.first_step + self.schedule.steps_per_epoch if stop is None else stop
         return load_batches(self.sources, lambda step: self.schedule.drawn(step)[: len(self.sources)], start, stop, device, workers)
+
+    def places(self, step: int) -> Iterator[tuple[Path, int]]:
+        """File and row of each picture of a step, in the order of its batch; a broken one is named, not what stood in for it."""
+        for source, first, stop in zip(self.sources, self.schedule.drawn(step), self.schedule.drawn(step + 1), strict=False):
+            for _, rows in source.rows(first, stop):
+                yield from (place_of(source.index, row) for row in rows.tolist())
 
     def __iter__(self) -> Iterator[Tensor]:
         for images in self.batches():

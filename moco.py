@@ -188,7 +188,7 @@ class MarginNCE(nn.Module):
 
 @dataclass
 class MocoConfig:
-    queue_size: int = field(metadata={"at_least": 1})
+    queue_size: int = field(metadata={"at_least": 1, "at_most": 2**26})
     temperature: float = field(metadata={"at_least": 1e-3})
     margin: float = field(metadata={"at_least": -1, "at_most": 1})
     key_momentum: float = field(metadata={"at_least": 0, "at_most": 1})

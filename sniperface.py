@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import string
@@ -74,6 +75,9 @@ class TrainConfig:
     compile: bool
     max_steps: int | None = field(metadata={"at_least": 1})
     monitor_images: int = field(metadata={"at_least": 2})
+    min_spread: float = field(metadata={"at_least": 0, "below": 1})
+    min_gap: float = field(metadata={"at_least": 0, "below": 1})
+    when_stuck: str = field(metadata={"one_of": ("warn", "stop")})
     log_every: int = field(metadata={"at_least": 1})
     save_every_epochs: int = field(metadata={"at_least": 1})
     save_every_steps: int | None = field(metadata={"at_least": 1})
@@ -122,6 +126,7 @@ class Config:
     run_dir: str
     seed: int = field(metadata={"at_least": 0})
     device: str
+    deterministic: bool
     data: dataio.DataConfig
     split: dataio.SplitConfig
     curriculum: dataio.CurriculumConfig
@@ -211,6 +216,15 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={name}: {dataio.first_line(error)}; choose auto, cpu, cuda, cuda:N or mps") from error
     return device
+
+
+def set_determinism(cfg: "Config", tf32: bool) -> None:
+    """Set what torch keeps for the whole process, in full each time: the jobs of a sweep share one."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; without it no deterministic product
+    torch.use_deterministic_algorithms(cfg.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # each value of ours is written before it is read
+    torch.backends.cudnn.deterministic = cfg.deterministic
+    torch.backends.cudnn.allow_tf32 = tf32
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
@@ -405,10 +419,10 @@ def split(cfg: Config, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 NOT_THE_RESULT = (                                           # settings that may differ when a run goes on
-    "command", "run", "run_dir", "device", "data.digiface_glob", "data.digi2real_glob", "data.demo_identities", "data.workers",
-    "data.cache", "data.cache_dir", "data.batch_read_rows", "split.out_dir", "train.max_steps", "train.log_every",
-    "train.save_every_epochs",
-    "train.save_every_steps", "train.keep_last", "train.resume", "split.materialize", "embed", "eval", "report",
+    "command", "run", "run_dir", "device", "deterministic", "data.digiface_glob", "data.digi2real_glob", "data.demo_identities",
+    "data.workers", "data.cache", "data.cache_dir", "data.batch_read_rows", "split.out_dir", "split.materialize",
+    "train.max_steps", "train.min_spread", "train.min_gap", "train.when_stuck", "train.log_every", "train.save_every_epochs",
+    "train.save_every_steps", "train.keep_last", "train.resume", "embed", "eval", "report",
 )  # fmt: skip
 
 
@@ -520,7 +534,7 @@ def check_same_run(saved: dict, cfg: Config, folder: Path) -> None:
     if changed:
         told = "; ".join(f"{key} was {was!r}, asked is {now!r}" for key, (was, now) in list(changed.items())[:6])
         words = [word for word in sys.argv[1:] if not word.startswith("run=")]
-        again = " ".join(["uv run python sniperface.py", *(f"'{w}'" if set(w) & set('*, ()[]{}"') else w for w in words)])
+        again = f"uv run python sniperface.py {shlex.join(words)}".strip()
         raise ValueError(f"{folder} holds another run: {told}.\nFor a new one: {again} run={free_run_name(folder)}")
 
 
@@ -633,7 +647,12 @@ def build_model(cfg: Config) -> moco.MoCo:
     """The untrained model: the same weights for the same seed, whatever was drawn before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw_seed(cfg.seed, "weights"))
-        return moco.build_moco(cfg.backbone, cfg.moco)
+        try:
+            return moco.build_moco(cfg.backbone, cfg.moco)
+        except (RuntimeError, MemoryError) as error:  # torch's word for too little memory
+            raise ValueError(
+                f"backbone and moco.queue_size={cfg.moco.queue_size}: {dataio.first_line(error)}; lower them"
+            ) from error
 
 
 def build_optimizer(model: moco.MoCo, cfg: TrainConfig, device: torch.device, scaled: bool) -> torch.optim.SGD:
@@ -701,7 +720,7 @@ def fill_queue(training: Training, mix: dataio.CurriculumMixStream, schedule: da
     for step, images in enumerate(tqdm(batches, total=steps, desc="filling the queue", unit="batch", leave=False)):
         view_q, view_k = training.views(images, "fill", step)
         with torch.no_grad(), training.autocast():
-            if cfg.moco.guard == "eman" and step == 0:  # cold statistics make worse keys than no guard at all
+            if step == 0:  # cold statistics make worse keys than no guard at all, and an untrained encoder worse than it is
                 moco.calibrate_batchnorm(model.query, [view_q])
                 model.key.load_state_dict(model.query.state_dict())
             keys = model.encode_keys(view_k, draw(cfg.seed, "fill-shuffle", step))
@@ -737,22 +756,71 @@ class Monitor:
         return float(F.cross_entropy(q @ k.T / training.cfg.moco.temperature, torch.arange(len(q), device=q.device)))
 
 
-def check_finite(training: Training) -> None:
-    """Raise FloatingPointError if a loss or gradient was not finite, or fp16 has run out of scale; waits for the device."""
+def stop_if_not_finite(training: Training, mix: dataio.CurriculumMixStream, folder: Path) -> None:
+    """Raise FloatingPointError if a loss or gradient was not finite, or fp16 has run out of scale; waits for the device.
+
+    bad_batch.json then lists the pictures of that step. With the seed they are all that is needed to meet it again.
+    """
     bad = int(training.first_bad_step)
     if bad < 0 and training.scaler.is_enabled() and training.scaler.get_scale() < 1:
         bad = training.step
-    if bad >= 0:
-        raise FloatingPointError(
-            f"the loss or gradient of step {bad} is not finite; the last checkpoint is from before it. "
-            "Lower train.lr, or set train.amp=fp32"
+    if bad < 0:
+        return
+    cfg, path = training.cfg, folder / "bad_batch.json"
+    pictures = [{"file": str(file), "row": row} for file, row in mix.places(bad - 1)]
+    with write_whole(path) as temporary:
+        temporary.write_text(json.dumps({"step": bad, "seed": cfg.seed, **training.meta, "pictures": pictures}, indent=1))
+    raise FloatingPointError(
+        f"the loss or gradient of step {bad} is not finite; the last checkpoint is from before it, its pictures are in {path}. "
+        "The same command goes on from there and meets the step again; in a new run, lower train.lr or set train.amp=fp32"
+    )
+
+
+def signs_of_failure(entry: dict, training: Training, warmed_up: bool) -> dict[str, str]:
+    """What a line of the log says of a run that will come to nothing: {cause: what was found and what to look at}."""
+    cfg, monitor, gap = training.cfg.train, training.monitor, entry["pos_sim"] - entry["neg_sim"]
+    found = {}
+    if entry["spread"] < cfg.min_spread:
+        found["collapse"] = (
+            f"all pictures get nearly the same vector: spread {entry['spread']:.3f} < train.min_spread={cfg.min_spread}; "
+            "look at train.lr, moco.temperature and the norm of the gradient"
         )
+    if warmed_up and gap < cfg.min_gap:
+        found["no contrast"] = (
+            f"a picture's own key is no nearer than others: cosines {entry['pos_sim']:.3f} and {entry['neg_sim']:.3f}, "
+            f"less than train.min_gap={cfg.min_gap} apart; look at plots/views.png: are views of one picture still alike?"
+        )
+    if warmed_up and entry.get("monitor_loss", -math.inf) >= monitor["untrained"]:
+        found["not learning"] = (
+            f"the monitor's loss {entry['monitor_loss']:.3f} is no better than untrained, {monitor['untrained']:.3f}; "
+            "look at train.lr, moco.key_momentum and the augmentation"
+        )
+    return found
+
+
+class Watch:
+    """Tells of a run that will come to nothing, once per cause and epoch, or stops it where train.when_stuck=stop."""
+
+    def __init__(self) -> None:
+        self.told: set[tuple[str, int]] = set()
+
+    def judge(self, entry: dict, training: Training, warmed_up: bool) -> None:
+        for cause, what in signs_of_failure(entry, training, warmed_up).items():
+            if (cause, entry["epoch"]) in self.told:
+                continue
+            self.told.add((cause, entry["epoch"]))
+            log.warning("step %d, %s: %s", entry["step"], cause, what)
+            if training.cfg.train.when_stuck == "stop":
+                raise ValueError(f"stopped at step {entry['step']}, {cause}, as train.when_stuck=stop asks; {what}")
 
 
 def rotate_checkpoints(checkpoints: Path, keep_epochs: int, final: str) -> None:
-    """Delete all but the newest two of step_*.pt and the newest of epoch_*.pt; the final one stays, and best.pt and last.pt do."""
+    """Delete all but the last written two of step_*.pt and the last written of epoch_*.pt; final, best.pt and last.pt stay.
+
+    By time, not by number: after a resume from an older one, those with higher numbers are the old ones.
+    """
     for pattern, keep in (("step_*.pt", 2), ("epoch_*.pt", keep_epochs)):
-        old = sorted(checkpoints.glob(pattern), key=lambda path: int(path.stem.split("_")[1]))
+        old = sorted(checkpoints.glob(pattern), key=lambda path: (path.stat().st_mtime_ns, path.name))
         for path in old[:-keep]:
             if path.name != final:
                 path.unlink()
@@ -760,7 +828,6 @@ def rotate_checkpoints(checkpoints: Path, keep_epochs: int, final: str) -> None:
 
 def save_checkpoint(training: Training, folder: Path, epoch: int | None) -> None:
     """Save the state whole, as epoch_XX.pt or step_NNNNNNN.pt, let last.pt mean it, and rotate the older ones."""
-    check_finite(training)
     checkpoints, cfg = folder / "checkpoints", training.cfg.train
     name = f"step_{training.step:07d}.pt" if epoch is None else f"epoch_{epoch:02d}.pt"
     with write_whole(checkpoints / name) as temporary:
@@ -892,7 +959,7 @@ def run_steps(
     batches = mix.batches(training.step, last_step, training.device, cfg.data.workers)
     for encoder in (model.query, model.key) if cfg.train.compile else ():
         encoder.compile()  # in place: the names in the checkpoint stay
-    timer = Timer(cfg.train.batch_size)
+    timer, watch = Timer(cfg.train.batch_size), Watch()
     with StopAsked() as stop, open(folder / "train_log.jsonl", "a") as log_file, progress_bar(training, schedule) as bar:
         for step in range(training.step, last_step):
             set_lr(optimizer, lr_at(step, schedule.total_steps, schedule.steps_per_epoch, cfg.train))
@@ -921,21 +988,25 @@ def run_steps(
             told_to_stop = stop.signal  # read once: a signal that comes later in this step is for the next one
             stopping = training.step == last_step or told_to_stop is not None
             entry = {}
+            due_to_log = training.step % cfg.train.log_every == 0 or in_epoch == 0 or stopping
+            due_to_save = cfg.train.save_every_steps and training.step % cfg.train.save_every_steps == 0
+            if due_to_log or due_to_save:
+                stop_if_not_finite(training, mix, folder)
             if in_epoch == 0 or training.step == last_step:
                 training.monitor["last"] = round(monitor.measure(training), 6)
             if in_epoch == 0:
                 entry["monitor_loss"] = training.monitor["last"]
-            if training.step % cfg.train.log_every == 0 or in_epoch == 0 or stopping:
+            if due_to_log:
                 entry = step_figures(training, out, grad_norm, momentum, schedule) | timer.lap() | entry
                 log_file.write(json.dumps(entry) + "\n")
                 log_file.flush()
                 os.fsync(log_file.fileno())  # a checkpoint must not outlive the lines before it
                 bar.set_postfix(loss=f"{entry['loss']:.3f}", top1=f"{entry['instance_top1']:.2f}", wait=f"{entry['data_wait']:.0%}")
-                check_finite(training)
+                watch.judge(entry, training, step > cfg.train.warmup_epochs * schedule.steps_per_epoch)
             if in_epoch == 0 and (epoch % cfg.train.save_every_epochs == 0 or stopping):
                 training.monitor["best"] = min(training.monitor["best"], training.monitor["last"])  # of the epochs that are saved
                 save_checkpoint(training, folder, epoch)
-            elif stopping or (cfg.train.save_every_steps and training.step % cfg.train.save_every_steps == 0):
+            elif stopping or due_to_save:
                 save_checkpoint(training, folder, None)
             if stopping or (in_epoch == 0 and timer.is_time_to_draw()):
                 with not_vital("train.png"):
@@ -952,7 +1023,8 @@ def write_run_files(training: Training, folder: Path) -> None:
     with write_whole(folder / "config.yaml") as temporary:
         temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(training.cfg))))
     path = folder / "environment.json"
-    starts = json.loads(path.read_text()) if path.exists() else []
+    with dataio.naming(path):
+        starts = json.loads(path.read_text()) if path.exists() else []
     with write_whole(path) as temporary:
         temporary.write_text(json.dumps([*starts, {"from_step": training.step, **training.meta}], indent=1))
 
@@ -980,6 +1052,7 @@ def train(cfg: Config, folder: Path) -> float:
         if saved:
             check_same_run(saved, cfg, folder)
         device = pick_device(cfg.device)
+        set_determinism(cfg, tf32=True)
         training = Training(cfg, device)
         state_bytes = 4 * sum(p.numel() * p.element_size() for p in training.model.query.parameters())
         if not saved:  # a run that goes on has most of them already
@@ -1247,7 +1320,7 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     path = find_checkpoint(cfg, folder)
     state = load_checkpoint(path)
     cfg = settings_of(state, cfg, typed)
-    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True  # fp32 in earnest, the same each time
+    set_determinism(dataclasses.replace(cfg, deterministic=True), tf32=False)  # fp32 in earnest, the same each time
     model = build_model(cfg)
     load_weights(model, state)
     rows = None if cfg.embed.test_glob else locate_rows(cfg, cfg.embed.split, shards=state["meta"]["shards"] or None)

@@ -609,6 +609,15 @@ def test_the_only_good_checkpoint_is_never_rotated_away(data, tmp_path, monkeypa
     assert bits(found["model"]) == bits(good["model"])
 
 
+def test_after_a_resume_from_an_older_checkpoint_the_newly_written_one_stays(data, tmp_path):
+    sniperface.train(job(tmp_path, data, "train.max_steps=1"), tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for step in (4, 6, 8):  # what was written before, and is damaged now
+        (checkpoints / f"step_{step:07d}.pt").write_bytes(b"damaged")
+    sniperface.train(job(tmp_path, data, "train.max_steps=2"), tmp_path / "run")
+    assert sniperface.load_checkpoint(checkpoints / "step_0000002.pt")["step"] == 2
+
+
 def change_people(rows):
     return [row | {"identity_id": rows[(i + 4) % len(rows)]["identity_id"]} for i, row in enumerate(rows)]
 

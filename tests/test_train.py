@@ -277,9 +277,8 @@ def test_embeddings_of_people_who_were_trained_on_are_not_measured(words, tmp_pa
         sniperface.evaluate(settings(*words), tmp_path)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(words, tmp_path, monkeypatch):
-    real = sniperface.moco.cross_entropy_of
-    calls = []
+def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_lists_its_pictures(words, tmp_path, monkeypatch):
+    real, calls, drawn = sniperface.moco.cross_entropy_of, [], {}
 
     def breaks(*args):
         calls.append(1)
@@ -287,9 +286,69 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(words, tmp_p
 
     train(words, tmp_path, "train.max_steps=2", "train.log_every=1")
     monkeypatch.setattr(sniperface.moco, "cross_entropy_of", breaks)
-    with pytest.raises(FloatingPointError, match="step 7 "):
+    views = sniperface.Training.views
+
+    def noted(training, images, purpose, step):
+        drawn[purpose, step] = images
+        return views(training, images, purpose, step)
+
+    monkeypatch.setattr(sniperface.Training, "views", noted)
+    with pytest.raises(FloatingPointError, match=r"step 7 .*bad_batch\.json"):
         train(words, tmp_path, "train.log_every=4")
     assert state_of(tmp_path)["step"] == 2
+    assert [line["step"] for line in log_of(tmp_path)] == [1, 4]  # no line that holds a NaN
+    told = json.loads((tmp_path / "bad_batch.json").read_text())
+    assert (told["step"], told["seed"], len(told["pictures"])) == (7, 42, 16)
+    for place, image in zip(told["pictures"], drawn["augment", 6], strict=True):
+        row = pq.read_table(place["file"])["image_bytes"][place["row"]].as_py()
+        assert np.array_equal(dataio.decode_image(row, 112, 10**6), image.permute(1, 2, 0))
+
+
+HEALTHY = {"step": 9, "epoch": 2, "spread": 0.9, "pos_sim": 0.5, "neg_sim": 0.0, "monitor_loss": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "warmed_up", "causes"),
+    [
+        ({}, True, []),
+        ({"spread": 0.05}, False, ["collapse"]),
+        ({"neg_sim": 0.495}, True, ["no contrast"]),
+        ({"neg_sim": 0.495, "monitor_loss": 4.5}, False, []),  # before the end of the warm-up nobody has learnt anything
+        ({"monitor_loss": 4.0}, True, ["not learning"]),
+        ({"spread": 0.0, "pos_sim": 0.99, "neg_sim": 0.99, "monitor_loss": 5.0}, True, ["collapse", "no contrast", "not learning"]),
+    ],
+)
+def test_the_signs_of_a_run_that_comes_to_nothing_are_told(words, change, warmed_up, causes):
+    training = sniperface.Training(settings(*words), torch.device("cpu"))
+    training.monitor["untrained"] = 4.0
+    assert list(sniperface.signs_of_failure(HEALTHY | change, training, warmed_up)) == causes
+
+
+def test_a_collapse_is_told_once_an_epoch_or_stops_the_run_and_a_sound_run_hears_nothing(words, tmp_path, monkeypatch, caplog):
+    train(words, tmp_path / "sound")
+    assert "collapse" not in caplog.text
+    assert "no contrast" not in caplog.text
+    query = sniperface.moco.MoCo.encode_queries
+    one_point = lambda model, views: torch.nn.functional.normalize(query(model, views) * 1e-3 + 1)  # noqa: E731
+    monkeypatch.setattr(sniperface.moco.MoCo, "encode_queries", one_point)
+    train(words, tmp_path / "warned", "train.log_every=1")
+    told = [record.message for record in caplog.records if "collapse" in record.message]
+    assert len(told) == 2  # one an epoch
+    assert "train.lr" in told[0]
+    with pytest.raises(ValueError, match=r"stopped at step 1, collapse, as train\.when_stuck=stop asks; .*spread 0\.00"):
+        train(words, tmp_path / "stopped", "train.log_every=1", "train.when_stuck=stop")
+
+
+def test_deterministic_changes_nothing_on_the_cpu_and_no_setting_of_torch_leaks_into_the_next_command(words, tmp_path):
+    train(words, tmp_path / "usual", "train.max_steps=4")
+    train(words, tmp_path / "deterministic", "train.max_steps=4", "deterministic=true")
+    assert torch.are_deterministic_algorithms_enabled()
+    assert_same_run(tmp_path / "usual", tmp_path / "deterministic")
+    sniperface.embed(settings(*words, "embed.references=false"), tmp_path / "usual")
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic) == (False, True)
+    train(words, tmp_path / "usual", "train.max_steps=5")
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic) == (True, False)
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def in_shell(words, folder, *more, first=(), background=False):
