@@ -159,9 +159,7 @@ def open_parquet(path: Path, metadata: pq.FileMetaData | None = None) -> pq.Parq
     try:
         return pq.ParquetFile(path, metadata=metadata, pre_buffer=False, page_checksum_verification=True)
     except (OSError, OverflowError, UnicodeDecodeError, pa.ArrowException) as error:
-        raise ValueError(
-            f"{path}: not a readable parquet file ({first_line(error)}); remove it from the glob or fetch it again"
-        ) from error
+        raise ValueError(f"{path}: not a readable parquet file ({first_line(error)}); fetch it again or leave it out") from error
 
 
 def check_contract(path: Path, schema: pa.Schema, columns: Columns) -> None:
@@ -201,7 +199,7 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, OverflowError, pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError, StopIteration) as error:
-        raise ValueError(f"{path}: damaged ({first_line(error)}); remove it from the glob or fetch it again") from error
+        raise ValueError(f"{path}: damaged ({first_line(error)}); fetch it again or leave it out") from error
 
 
 def read_identities(parquet: pq.ParquetFile, path: Path, group: int, columns: Columns) -> pa.Array:
@@ -494,7 +492,7 @@ def read_rows(index: RowIndex, columns: Columns) -> Iterator[pa.Table]:
         if offset <= wanted[-1]:  # a damaged footer: pyarrow stops at the shortest column, without a word
             raise ValueError(
                 f"{index.paths[number]} row group {group}: ends at row {offset}, the index expects row {wanted[-1]}; "
-                f"damaged; remove it from the glob or fetch it again"
+                f"damaged; fetch it again or leave it out"
             )
 
 

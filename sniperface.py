@@ -595,21 +595,20 @@ def draw_training(folder: Path) -> None:
     lines = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
     if not can_draw() or not lines:
         return
-    panels = {
-        "loss [nats]": ("loss", "chance_loss"),
-        "cosine": ("pos_sim", "neg_sim", "neg_max"),
-        "share": ("instance_top1", "digiface_share"),
-        "spread (1 even, 0 collapsed)": ("spread",),
-        "learning rate": ("lr",),
-        "monitor loss [nats]": ("monitor_loss",),
-    }
+    whole = {"ylim": (0, 1.05)}  # else an axis that zooms makes a drama of noise
+    panels = (
+        (("loss", "chance_loss"), "loss [nats]", {}),
+        (("pos_sim", "neg_sim", "neg_max"), "cosine", {}),
+        (("instance_top1", "digiface_share"), "share", whole),
+        (("spread",), "spread (1 even, 0 collapsed)", whole),
+        (("lr",), "learning rate", {}),
+        (("monitor_loss", "monitor_untrained"), "monitor loss [nats]", {}),
+    )
     with picture(folder / "plots" / "train.png", 2, 3, 4.2, 3.0) as axes:
-        for panel, (unit, names) in zip(axes.flat, panels.items(), strict=True):
+        for panel, (names, unit, limits) in zip(axes.flat, panels, strict=True):
             for style, name in enumerate(names):
-                there = [line for line in lines if name in line]
-                curve(
-                    panel, [line["step"] for line in there], [line[name] for line in there], name, style, xlabel="step", ylabel=unit
-                )
+                steps, values = zip(*[(line["step"], line[name]) for line in lines if name in line] or [((), ())], strict=True)
+                curve(panel, steps, values, name, style, xlabel="step", ylabel=unit, **limits)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -912,9 +911,9 @@ class Timer:
         self.steps += 1
 
     def is_time_to_draw(self) -> bool:
-        """Once in half a minute at most, so that short epochs are not spent on drawing."""
+        """Once in five seconds at most, so that tiny epochs are not spent on drawing."""
         now = time.perf_counter()
-        due = now - self.drawn > 30
+        due = now - self.drawn > 5
         self.drawn = now if due else self.drawn
         return due
 
@@ -995,7 +994,7 @@ def run_steps(
             if in_epoch == 0 or training.step == last_step:
                 training.monitor["last"] = round(monitor.measure(training), 6)
             if in_epoch == 0:
-                entry["monitor_loss"] = training.monitor["last"]
+                entry = {"monitor_loss": training.monitor["last"], "monitor_untrained": training.monitor["untrained"]}
             if due_to_log:
                 entry = step_figures(training, out, grad_norm, momentum, schedule) | timer.lap() | entry
                 log_file.write(json.dumps(entry) + "\n")
@@ -1080,7 +1079,7 @@ def train(cfg: Config, folder: Path) -> float:
             with not_vital("views.png"):
                 draw_views(training, mix, folder / "plots" / "views.png")
             fill_queue(training, mix, schedule)
-            training.monitor["untrained"] = monitor.measure(training)
+            training.monitor["untrained"] = round(monitor.measure(training), 6)
         start_log(folder / "train_log.jsonl", training.step, cfg.train.log_every)
         run_steps(training, mix, schedule, monitor, last_step, folder)
         return -min(training.monitor["best"], training.monitor["last"])
