@@ -455,9 +455,7 @@ def lane_order(unit: np.ndarray, rng: np.random.Generator, shuffle_files: bool, 
 
 
 def repeats_in_queue(codes: np.ndarray, queue_size: int) -> float:
-    """Mean number of pictures of the same identity among the `queue_size` images before an image; `codes` [N] in the order
-    drawn.
-    """
+    """Mean number of pictures of the same identity among the `queue_size` images before one; `codes` [N] in the order drawn."""
     order = np.lexsort((np.arange(len(codes)), codes))
     pairs, step = 0, 1
     while step < len(codes):
@@ -674,9 +672,7 @@ class BadImages:
                     log.warning("%s row %d: broken image (%s); %s", path, row, reason, self.instead)
 
     def judge(self, seen: int, whole: int) -> None:
-        """Raise ValueError if more than the allowed fraction of `seen` images is broken; judged from 1,000 on, or the whole
-        source.
-        """
+        """Raise ValueError if more than the allowed fraction of `seen` images is broken; judged from 1,000 on, or all there are."""
         limit = self.max_fraction * min(seen, whole)
         if seen < min(1000, whole) or len(self.found) <= limit:
             return
@@ -1019,8 +1015,7 @@ class CurriculumConfig:
 class Schedule:
     """How many images of each source come before each step: the curriculum as arithmetic.
 
-    `digiface_share` is linear between the points `progress` in [0, 1] of the whole training; None keeps the natural share of
-    the rows.
+    `digiface_share` is linear between the points `progress` in [0, 1] of the training; None keeps the natural share of the rows.
     """
 
     def __init__(self, cfg: CurriculumConfig | None, rows: Sequence[int], batch_size: int, epochs: int):
@@ -1044,8 +1039,7 @@ class Schedule:
 
 
 class CurriculumMixStream:
-    """The images of training from `epoch` (0-based) on: two sources, mixed by the schedule. Iterating gives the images of the
-    epoch.
+    """The images of training from `epoch` (0-based) on: two sources, mixed by the schedule. Iterating gives those of the epoch.
 
     Each source is drawn without replacement until it is used up, then reshuffled. digi2real_stream may be None.
     """

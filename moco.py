@@ -124,9 +124,7 @@ def build_backbone(cfg: BackboneConfig) -> IResNet:
 
 
 class ProjectionHead(nn.Module):
-    """From the embedding [B, 512] to the contrastive space [B, dim]: `none` is the identity (USynthFace), `mlp` MoCo v2's two
-    layers.
-    """
+    """From the embedding [B, 512] to the contrastive space [B, dim]: `none` (USynthFace), or `mlp`, MoCo v2's two layers."""
 
     def __init__(self, kind: str = "none", dim: int = EMBEDDING_DIM):
         super().__init__()
@@ -214,9 +212,7 @@ class StepOutput(NamedTuple):
 
 
 def spread_of(unit_rows: Tensor) -> Tensor:
-    """Mean standard deviation per dimension times sqrt(D) of unit rows [B, D] -> []: about 1 when spread evenly, 0 when
-    collapsed.
-    """
+    """Mean standard deviation per dimension times sqrt(D) of unit rows [B, D] -> []: 1 when spread evenly, 0 when collapsed."""
     return unit_rows.std(dim=0, correction=0).mean() * math.sqrt(unit_rows.shape[1])
 
 
@@ -311,9 +307,7 @@ def build_moco(backbone: BackboneConfig, cfg: MocoConfig) -> MoCo:
 
 
 def key_momentum_at(progress: float, base: float, schedule: str) -> float:
-    """Key momentum at `progress` in [0, 1] of the training: constant, or from `base` to 1 along a cosine (BYOL,
-    arXiv:2006.07733).
-    """
+    """At `progress` in [0, 1] of the training: constant, or from `base` to 1 along a cosine (BYOL, arXiv:2006.07733)."""
     return base if schedule == "constant" else 1 - (1 - base) * (math.cos(math.pi * progress) + 1) / 2
 
 

@@ -464,10 +464,7 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint: tensors and plain values only, nothing in it is executed.
-
-    Raises ValueError if it is damaged or foreign.
-    """
+    """Read a checkpoint: tensors and plain values, nothing in it is executed. Raises ValueError if damaged or foreign."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch writes a CRC for each record, and does not read it
             damaged = archive.testzip()
