@@ -463,13 +463,39 @@ def run_lock(folder: Path) -> Iterator[None]:
         yield
 
 
+SEAL, DIGEST_BYTES = b"sha256:", 64
+
+
+def seal(path: Path) -> None:
+    """Append the SHA-256 of a file of `torch.save` to it, as the comment of its zip archive, which readers pass over.
+
+    The checksums in the archive are not enough: a flipped bit in its directory can pass for other values.
+    """
+    with open(path, "rb+") as file:
+        file.seek(-2, os.SEEK_END)  # the archive ends with the length of its comment, so far 0
+        file.write((len(SEAL) + DIGEST_BYTES).to_bytes(2, "little"))
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.write(SEAL + digest.encode())
+
+
+def check_seal(path: Path) -> None:
+    """Raise ValueError if a file is not as it was when it was sealed, or, without a seal, if a record of its archive is not."""
+    data = np.memmap(path, np.uint8, "r")
+    told = bytes(data[-len(SEAL) - DIGEST_BYTES :])
+    if told.startswith(SEAL):
+        if told != SEAL + hashlib.sha256(data[: -len(told)]).hexdigest().encode():
+            raise ValueError("does not match its checksum")
+        return
+    with zipfile.ZipFile(path) as archive:  # torch writes a CRC for each record, and does not read it
+        if damaged := archive.testzip():
+            raise ValueError(f"record {damaged} does not match its checksum")
+
+
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint: tensors and plain values, nothing in it is executed. Raises ValueError if damaged or foreign."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch writes a CRC for each record, and does not read it
-            damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"record {damaged} does not match its checksum")
+        check_seal(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not {"model", "config", "meta", "step"} <= state.keys():
             raise ValueError("not a checkpoint of this program")
@@ -829,6 +855,7 @@ def save_checkpoint(training: Training, folder: Path, epoch: int | None) -> None
     with write_whole(checkpoints / name) as temporary:
         try:
             torch.save(training.state_dict(), temporary)
+            seal(temporary)
         except RuntimeError as error:  # torch's word for a full disk
             raise OSError(f"{checkpoints / name}: cannot be written ({dataio.first_line(error)}); is the disk full?") from error
     if epoch is not None and training.monitor["last"] <= training.monitor["best"]:
@@ -1436,6 +1463,34 @@ def check_provenance(path: Path, note: dict) -> None:
         )
 
 
+def check_split(path: Path, data: Embeddings, cfg: Config, folder: Path) -> None:
+    """Raise ValueError for vectors of another split than the run's, or of identities on another side than the note says.
+
+    Of a foreign file, warn where names are those of people who were trained on.
+    """
+    with dataio.naming(folder / "environment.json"):
+        starts = json.loads((folder / "environment.json").read_text()) if (folder / "environment.json").exists() else []
+    table = Path(cfg.split.out_dir) / "identity_splits.parquet"
+    splits = dataio.read_identity_splits(table) if table.exists() else None
+    grown_from = [splits.hash, *splits.note.get("extends", [])] if splits else []
+    made_with, names = data.note.get("table"), set(np.unique(data.names).tolist())
+    ours = {start["table"] for start in starts}
+    if made_with and ours and made_with not in ours:
+        raise ValueError(f"{path}: its checkpoint was trained with split table {made_with}, the run in {folder} with {min(ours)}")
+    if made_with in grown_from and data.note.get("split"):
+        strangers = names - set(splits.identities[data.note["split"]])
+        if strangers:
+            raise ValueError(
+                f"{path}: {len(strangers)} of its identities, such as {min(strangers)!r}, are not on the {data.note['split']} side "
+                f"of {table}; write it again with command=embed"
+            )
+    if not data.note and splits and (trained := names & {*splits.identities["train"], *splits.identities["val"]}):
+        log.warning(
+            "LEAK? %d of its identities, such as %r, have names of the train side of %s; if they are the same people, the figures "
+            "are worth nothing", len(trained), min(trained), table,
+        )  # fmt: skip
+
+
 def check_leaks(data: Embeddings, drawn: moco.Enrolment, cfg: EvalConfig) -> dict[str, int | None]:
     """Count what would flatter the figures, and warn loudly: equal pictures in gallery and probes, test pictures in train."""
     twins = None
@@ -1732,6 +1787,7 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
     path = find_embeddings(cfg.eval.embeddings, folder)
     data = read_embeddings(path)
     check_provenance(path, data.note)
+    check_split(path, data, cfg, folder)
     lines = read_log(folder)
     if cfg.embed.checkpoint == "last" and lines and data.note.get("step", lines[-1]["step"]) != lines[-1]["step"]:
         log.warning(

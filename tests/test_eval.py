@@ -135,3 +135,25 @@ def test_the_order_of_the_rows_changes_nothing(tmp_path):
     same = [key for key in first if key not in ("geometry", "cmc")]
     assert {key: first[key] for key in same} == {key: second[key] for key in same}
     assert second["geometry"] == pytest.approx(first["geometry"], rel=1e-5)
+
+
+def write_table(folder, test):
+    """The split table of a run whose test side is the people with these numbers; the others were trained on."""
+    sides = {f"p{i}": "test" if i in test else "train" for i in range(PEOPLE)}
+    return dataio.write_identity_splits(sides, folder / "identity_splits.parquet", 0.5, 0, known=sides)
+
+
+def test_vectors_of_another_split_or_of_the_train_side_are_refused(tmp_path):
+    splits, more = write_table(tmp_path / "splits", range(PEOPLE)[1:]), f"split.out_dir={tmp_path}/splits"
+    note = {"table": splits.hash, "split": "test", "trained_on": 0}
+    with pytest.raises(ValueError, match=r"1 of its identities, such as 'p0', are not on the test side of .*identity_splits"):
+        evaluate(tmp_path, write_vectors(tmp_path / "a.parquet", note=note), more)
+    (tmp_path / "environment.json").write_text(json.dumps([{"table": "another"}]))
+    with pytest.raises(ValueError, match=f"trained with split table {splits.hash}, the run in .* with another"):
+        evaluate(tmp_path, write_vectors(tmp_path / "a.parquet", note=note), more)
+
+
+def test_names_of_the_train_side_in_a_foreign_file_are_told_loudly(tmp_path, caplog):
+    write_table(tmp_path / "splits", range(3))
+    evaluate(tmp_path, write_vectors(tmp_path / "a.parquet"), f"split.out_dir={tmp_path}/splits")
+    assert "LEAK? 9 of its identities, such as 'p10'" in caplog.text
