@@ -630,8 +630,8 @@ def draw_training(folder: Path) -> None:
     with picture(folder / "plots" / "train.png", 2, 3, 4.2, 3.0) as axes:
         for panel, (names, unit, limits) in zip(axes.flat, panels, strict=True):
             for style, name in enumerate(names):
-                steps, values = zip(*[(line["step"], line[name]) for line in lines if name in line] or [((), ())], strict=True)
-                curve(panel, steps, values, name, style, xlabel="step", ylabel=unit, **limits)
+                there = {line["step"]: line[name] for line in lines if name in line}
+                curve(panel, list(there), list(there.values()), name, style, xlabel="step", ylabel=unit, **limits)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1393,7 +1393,7 @@ class Measured(NamedTuple):
     cmc: list[moco.Rate]  # [20]
     roc: dict[float, moco.Rate]  # TAR by FAR, as far as the impostors support it
     histogram: dict[str, np.ndarray]  # of genuine and impostor cosines, see `moco.roc`
-    found: moco.Found
+    found: moco.Found | None
     genuine: np.ndarray  # [P] cosine of each probe with its own template
     thresholds: dict[float, float | None]
 
@@ -1409,6 +1409,27 @@ def find_embeddings(name: str, folder: Path) -> Path:
     return path
 
 
+def read_vectors(path: Path, parquet: pq.ParquetFile, count: int) -> np.ndarray:
+    """The column `embedding` as float32 [count, D], a row group at a time: what is held twice is one row group."""
+    vectors, done, size = np.empty((0, 1), np.float32), 0, parquet.schema_arrow.field("embedding").type.list_size
+    for group in range(parquet.num_row_groups):
+        with dataio.naming(path):
+            column = parquet.read_row_group(group, columns=["embedding"])["embedding"].combine_chunks()
+        flat = column.flatten()
+        if column.null_count or flat.null_count:
+            raise ValueError(f"{path}: {max(column.null_count, 1)} rows have no embedding; write it again with command=embed")
+        rows = flat.to_numpy(zero_copy_only=True).reshape(-1, size)
+        if done + len(rows) > count:
+            raise ValueError(f"{path}: damaged (more vectors than its {count} names); write it again with command=embed")
+        if len(rows):  # only now is it known that rows are so long
+            vectors = vectors if done else np.empty((count, size), np.float32)
+            vectors[done : done + len(rows)] = rows
+        done += len(rows)
+    if done < count:
+        raise ValueError(f"{path}: damaged ({done} vectors for {count} names); write it again with command=embed")
+    return vectors
+
+
 def read_embeddings(path: Path) -> Embeddings:
     """Read and check a file of `embed`, or a foreign one with the same columns. Raises ValueError for what cannot be measured."""
     parquet = dataio.open_parquet(path)
@@ -1421,18 +1442,16 @@ def read_embeddings(path: Path) -> Embeddings:
             f"{path}: needs identity_id, image_filename and embedding fixed_size_list<float32>, found "
             f"{parquet.schema_arrow.names} ({kind})"
         )
+    others = [name for name in ("identity_id", "image_filename", "source", "image_hash") if name in found]
     with dataio.naming(path):
-        table = parquet.read()
+        table = parquet.read(columns=others)
     last_words = parquet.metadata.metadata or {}
     rows, leaked = last_words.get(b"sniperface.rows"), last_words.get(b"sniperface.pictures_in_train")
     if rows and int(rows) != len(table):
         raise ValueError(
             f"{path}: {len(table)} rows, embed wrote {int(rows)}; was it joined from several? Write it again with command=embed"
         )
-    column = table["embedding"].combine_chunks()
-    if column.null_count or column.flatten().null_count:
-        raise ValueError(f"{path}: {column.null_count} rows have no embedding; write it again with command=embed")
-    vectors = column.flatten().to_numpy(zero_copy_only=True).reshape(-1, kind.list_size)
+    vectors = read_vectors(path, parquet, len(table))
     moco.check_vectors(vectors, str(path))
 
     def strings(name: str) -> np.ndarray:
@@ -1463,10 +1482,11 @@ def check_provenance(path: Path, note: dict) -> None:
         )
 
 
-def check_split(path: Path, data: Embeddings, cfg: Config, folder: Path) -> None:
-    """Raise ValueError for vectors of another split than the run's, or of identities on another side than the note says.
+def check_split(path: Path, data: Embeddings, cfg: Config, folder: Path) -> int | None:
+    """How many identities the embedded side of the split has, None where the table is not there; warns where vectors are missing.
 
-    Of a foreign file, warn where names are those of people who were trained on.
+    Raises ValueError for vectors of another split than the run's, or of identities on another side than the note says. Of a
+    foreign file, warns where names are those of people who were trained on.
     """
     with dataio.naming(folder / "environment.json"):
         starts = json.loads((folder / "environment.json").read_text()) if (folder / "environment.json").exists() else []
@@ -1477,18 +1497,21 @@ def check_split(path: Path, data: Embeddings, cfg: Config, folder: Path) -> None
     ours = {start["table"] for start in starts}
     if made_with and ours and made_with not in ours:
         raise ValueError(f"{path}: its checkpoint was trained with split table {made_with}, the run in {folder} with {min(ours)}")
-    if made_with in grown_from and data.note.get("split"):
-        strangers = names - set(splits.identities[data.note["split"]])
-        if strangers:
+    asked = set(splits.identities[data.note["split"]]) if made_with in grown_from and data.note.get("split") else None
+    if asked is not None:
+        if strangers := names - asked:
             raise ValueError(
                 f"{path}: {len(strangers)} of its identities, such as {min(strangers)!r}, are not on the {data.note['split']} side "
                 f"of {table}; write it again with command=embed"
             )
+        if missing := asked - names:
+            log.warning("%s: %d of %d identities have no vector, such as %r", path, len(missing), len(asked), min(missing))
     if not data.note and splits and (trained := names & {*splits.identities["train"], *splits.identities["val"]}):
         log.warning(
             "LEAK? %d of its identities, such as %r, have names of the train side of %s; if they are the same people, the figures "
             "are worth nothing", len(trained), min(trained), table,
         )  # fmt: skip
+    return None if asked is None else len(asked)
 
 
 def check_leaks(data: Embeddings, drawn: moco.Enrolment, cfg: EvalConfig) -> dict[str, int | None]:
@@ -1527,14 +1550,17 @@ def closed_set_rates(data: Embeddings, cfg: EvalConfig, per_id: int, seed: int) 
     return moco.rates({f"rank{k}": rank <= k for k in {1, *cfg.top_k}}, people, cfg.seed, cfg.bootstrap)
 
 
-def measure(data: Embeddings, drawn: moco.Enrolment, cfg: EvalConfig) -> Measured:
-    """Closed set and verification of one encoder: Rank-k, MRR, TAR at each FAR, AUC, EER, each with its interval."""
+def measure(data: Embeddings, drawn: moco.Enrolment, cfg: EvalConfig, search: bool = True) -> Measured:
+    """Closed set and verification of one encoder: Rank-k, MRR, TAR at each FAR, AUC, EER, each with its interval.
+
+    Without `search` the ranks are those of the comparison with every template, which are the same, and no neighbours are found.
+    """
     gallery = moco.build_gallery(data.vectors[drawn.enrolled], drawn.identity[drawn.enrolled], cfg.template)
     probes, people = data.vectors[drawn.probes], drawn.identity[drawn.probes]
     own, depth = gallery.index(people), max(20, *cfg.top_k)
-    found, compared = moco.search(probes, own, gallery, depth), moco.compare(probes, own, gallery)
+    found, compared = moco.search(probes, own, gallery, depth) if search else None, moco.compare(probes, own, gallery)
     columns, thresholds = moco.verification(compared.genuine, compared.impostors, cfg.fars)
-    columns |= moco.closed_set(found.rank, depth, exact=False) | {"mrr": 1 / compared.rank}
+    columns |= moco.closed_set(found.rank if found else compared.rank, depth) | {"mrr": 1 / compared.rank}
     rates = moco.rates(columns, people, cfg.seed, cfg.bootstrap)
     shown = {name: rate for name, rate in rates.items() if not name.startswith("rank") or int(name[4:]) in {1, 5, 10, *cfg.top_k}}
     figures = figures_of(shown) | {
@@ -1559,10 +1585,10 @@ def per_source(data: Embeddings, drawn: moco.Enrolment, found: Measured, cfg: Ev
     return figures
 
 
-def enrolment_draws(data: Embeddings, cfg: EvalConfig) -> dict:
-    """Rank-1 over several draws of the enrolment pictures: how much of it is the luck of the draw."""
-    ranks = (closed_set_ranks(data, cfg, cfg.enroll_per_id, cfg.seed + n)[0] for n in range(cfg.repeats))
-    hits = [float((rank == 1).mean()) for rank in ranks]
+def enrolment_draws(data: Embeddings, first: np.ndarray, cfg: EvalConfig) -> dict:
+    """Rank-1 over several draws of the enrolment pictures, `first` [P] the ranks of the first: how much is the luck of the draw."""
+    others = (closed_set_ranks(data, cfg, cfg.enroll_per_id, cfg.seed + n)[0] for n in range(1, cfg.repeats))
+    hits = [float((rank == 1).mean()) for rank in itertools.chain([first], others)]
     spread = float(np.std(hits, ddof=1)) if len(hits) > 1 else None
     return {"draws": len(hits), "rank1_mean": float(np.mean(hits)), "rank1_std": spread}
 
@@ -1676,18 +1702,15 @@ def find_pictures(cfg: Config, side: str | None, wanted: set[tuple[str, str, str
 
 
 def draw_neighbours(cfg: Config, path: Path, data: Embeddings, drawn: moco.Enrolment, found: Measured) -> None:
-    """Probes with their five nearest templates, each shown by its first enrolled picture: worst mistakes first, then some that
-    are right.
-    """
-    if cfg.eval.template != "centroid":
-        return  # a row of the gallery is not an identity then
-    codes, first = np.unique(drawn.identity[drawn.enrolled], return_index=True)
+    """Probes with their five nearest templates, each as its first enrolled picture: worst mistakes first, then some hits."""
+    first = np.unique(drawn.identity[drawn.enrolled], return_index=True)[1]
+    faces = drawn.enrolled[first] if cfg.eval.template == "centroid" else drawn.enrolled  # [R] one for each row of the gallery
     margin = found.found.score[:, 0] - found.genuine  # by how much a wrong template won
     order = np.argsort(np.where(found.found.rank > 1, -margin, np.inf), kind="stable")
     wrong = int((found.found.rank > 1).sum())
     shown = np.concatenate([order[: min(6, wrong)], order[wrong : wrong + 2]])
-    nearest = found.found.row[shown, : min(5, len(codes))]  # [8, 5]
-    rows = np.concatenate([drawn.probes[shown][:, None], drawn.enrolled[first][nearest]], axis=1)  # [8, 6] of the file
+    nearest = found.found.row[shown, : min(5, len(faces))]  # [8, 5]
+    rows = np.concatenate([drawn.probes[shown][:, None], faces[nearest]], axis=1)  # [8, 6] of the file
     pictures = find_pictures(
         cfg, data.note.get("split"), {(data.sources[row], data.keys[row].split("/", 1)[1], data.names[row]) for row in rows.ravel()}
     )
@@ -1743,18 +1766,25 @@ def draw_results(
 def write_report(cfg: Config, folder: Path, metrics: dict, table: str) -> None:
     """report.md: figures and pictures of a run on one page, from the template conf/templates/report.md."""
 
-    def rows(figures: dict, *before: object, names: Iterable[str] | None = None) -> str:
+    def rows(figures: dict, *before: object, names: Iterable[str] | None = None, beside: Iterable[dict] = ()) -> str:
         names = [name for name in figures if f"{name}_ci" in figures] if names is None else names
-        cells = (
-            (*(before or (name,)), f"{figures[name]:.4f}", "{:.4f} to {:.4f}".format(*figures[f"{name}_ci"])) for name in names
-        )
-        return "\n".join(f"| {' | '.join(map(str, row))} |" for row in cells)
+        lines = []
+        for name in names:
+            others = (f"{other[name]:.4f}" if name in other else "" for other in beside)
+            low, high = figures[f"{name}_ci"]
+            lines.append((*(before or (name,)), f"{figures[name]:.4f}", f"{low:.4f} to {high:.4f}", *others))
+        return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
     names = ("cmc", "roc", "similarity", "neighbours", "train", "views")
     pictures = [name for name in names if (folder / f"plots/{name}.png").exists()]
     draws, shape, first = metrics["enrolment_draws"], metrics["geometry"], f"rank{cfg.eval.top_k[0]}"
+    references, gallery = {name: metrics[name] for name in ("untrained", "pca") if name in metrics}, metrics["gallery"]
+    chance = {f"rank{k}": min(1, k / gallery) for k in {1, 5, 10, *cfg.eval.top_k}} | {f"tar@{far:g}": far for far in cfg.eval.fars}
+    chance |= {"auc": 0.5, "eer": 0.5, "mrr": float((1 / np.arange(1, gallery + 1)).mean())}
     values = {
-        "run": folder.name, "table": table, "figures": rows(metrics), "open_set": rows(metrics["open_set"]) or "| none | | |",
+        "run": folder.name, "table": table, "figures": rows(metrics, beside=(*references.values(), chance)),
+        "references": "".join(f" {name} |" for name in references), "rules": "---|" * len(references),
+        "open_set": rows(metrics["open_set"]) or "| none | | |",
         "refused": ", ".join(metrics["refused"] + metrics["open_set"].get("refused", [])) or "none", "first": first,
         "draws": f"{draws['rank1_mean']:.4f} on average over {draws['draws']} draws (deviation {draws['rank1_std'] or 0:.4f})",
         "geometry": ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in shape.items()),
@@ -1787,7 +1817,7 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
     path = find_embeddings(cfg.eval.embeddings, folder)
     data = read_embeddings(path)
     check_provenance(path, data.note)
-    check_split(path, data, cfg, folder)
+    asked = check_split(path, data, cfg, folder)
     lines = read_log(folder)
     if cfg.embed.checkpoint == "last" and lines and data.note.get("step", lines[-1]["step"]) != lines[-1]["step"]:
         log.warning(
@@ -1797,24 +1827,24 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
             lines[-1]["step"],
         )
     drawn = moco.enrol(data.names, data.keys, cfg.eval.enroll_per_id, cfg.eval.seed)
-    measured = {"trained": measure(data, drawn, cfg.eval)}
-    for name in ("untrained", "pca"):  # one at a time: each is as large as ours
-        if reference := read_reference(path, name, data):
-            measured[name] = measure(reference, drawn, cfg.eval)
-    ours, people = measured["trained"], drawn.identity[drawn.probes]
+    ours, people = measure(data, drawn, cfg.eval), drawn.identity[drawn.probes]
     canonical = np.lexsort((data.keys, data.names))  # so that the order of the file decides nothing
     gallery = len(np.unique(drawn.identity[drawn.enrolled]))
     metrics = {
-        **ours.figures, "identities": gallery, "gallery": gallery, "probes": len(people), "distractors": drawn.distractors,
-        "chance_rank1": 1 / gallery, "enroll_per_id": cfg.eval.enroll_per_id, "template": cfg.eval.template, "seed": cfg.eval.seed,
-        "embeddings": str(path), "made_from": data.note, "leaks": check_leaks(data, drawn, cfg.eval),
-        "enrolment_draws": enrolment_draws(data, cfg.eval),
+        **ours.figures, "identities": gallery, "identities_asked": asked, "gallery": gallery, "probes": len(people),
+        "distractors": drawn.distractors, "chance_rank1": 1 / gallery, "enroll_per_id": cfg.eval.enroll_per_id,
+        "template": cfg.eval.template, "seed": cfg.eval.seed, "embeddings": str(path), "made_from": data.note,
+        "leaks": check_leaks(data, drawn, cfg.eval), "enrolment_draws": enrolment_draws(data, ours.found.rank, cfg.eval),
         "per_source": per_source(data, drawn, ours, cfg.eval), "enroll_sweep": enrolment_sweep(data, drawn, cfg.eval),
         "open_set": open_set_figures(data, cfg.eval) if cfg.eval.open_set_share else {},
         "pair_protocol": pair_figures(data, cfg.eval) if cfg.eval.pairs else {},
-        "geometry": moco.geometry(data.vectors[canonical], drawn.identity[canonical], cfg.eval.seed),
-        **{name: found.figures for name, found in measured.items() if name != "trained"},
+        "geometry": moco.geometry(data.vectors, drawn.identity, canonical, cfg.eval.seed),
     }  # fmt: skip
+    measured, data = {"trained": ours}, data._replace(vectors=np.empty((0, 0)))  # the next ones are as large: one at a time
+    for name in ("untrained", "pca"):
+        if reference := read_reference(path, name, data):
+            measured[name] = measure(reference, drawn, cfg.eval, search=False)
+            metrics[name] = measured[name].figures
     ranks = pa.table({"identity_id": data.names[drawn.probes], "picture": data.keys[drawn.probes], "rank": ours.found.rank})
     with write_whole(ranks_path(folder, cfg)) as temporary:
         pq.write_table(ranks, temporary)
