@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 EMBEDDING_DIM = 512
 TIE = 1e-6  # cosines closer than this are equal: a float32 sum of 512 terms knows no better
@@ -48,21 +49,74 @@ class BackboneConfig:
     dropout: float = field(metadata={"at_least": 0, "below": 1})
 
 
+class PReLUOnLines(torch.autograd.Function):
+    """PReLU of x [B, C, H, W] with slopes [C], on lines [B*H, W*C], which are views where memory is channels last.
+
+    torch's own takes C values at a time and its gradient is not vectorised: ours is 3 to 25 times as fast on the CPU.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        lines = x.permute(0, 2, 3, 1).reshape(b * h, w * c)
+        slopes = weight.to(x.dtype).repeat(w)  # [W*C]
+        ctx.save_for_backward(lines, slopes)
+        ctx.dtype = weight.dtype
+        return F.prelu(lines, slopes).view(b, h, w, c).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        lines, slopes = ctx.saved_tensors
+        b, c, h, w = gradient.shape
+        gradient = gradient.permute(0, 2, 3, 1).reshape(b * h, w * c)
+        above = torch.ops.aten.threshold_backward(gradient, lines, 0)  # the gradient where x > 0, else 0
+        below = gradient - above
+        of_x = torch.addcmul(above, below, slopes).view(b, h, w, c).permute(0, 3, 1, 2)
+        return of_x, below.mul_(lines).sum(0).view(w, c).sum(0, dtype=ctx.dtype)
+
+
+class PReLU(nn.PReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return PReLUOnLines.apply(x, self.weight) if x.device.type == "cpu" else super().forward(x)
+
+
+class InGroups:
+    """BatchNorm that in training normalises each of `groups` parts of the batch by statistics of its own.
+
+    The same as running the network on each part, but the convolutions see the whole batch: keys of `tiny` 1.4 times as fast.
+    """
+
+    groups = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.groups == 1 or not self.training:
+            return super().forward(x)
+        return torch.cat([super(InGroups, self).forward(part) for part in x.tensor_split(self.groups)])
+
+
+class BatchNorm1d(InGroups, nn.BatchNorm1d):
+    pass
+
+
+class BatchNorm2d(InGroups, nn.BatchNorm2d):
+    pass
+
+
 class IBasicBlock(nn.Module):
     """BN-conv-BN-PReLU-conv-BN with a shortcut and no activation after the sum, [B, C, H, W] -> [B, C', H/stride, W/stride]."""
 
     def __init__(self, channels_in: int, channels: int, stride: int):
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(channels_in)
+        self.bn1 = BatchNorm2d(channels_in)
         self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.prelu = nn.PReLU(channels)
+        self.bn2 = BatchNorm2d(channels)
+        self.prelu = PReLU(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(channels)
+        self.bn3 = BatchNorm2d(channels)
         self.downsample = None
         if stride != 1 or channels_in != channels:
             shortcut = nn.Conv2d(channels_in, channels, 1, stride=stride, bias=False)
-            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(channels))
+            self.downsample = nn.Sequential(shortcut, BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -82,17 +136,17 @@ class IResNet(nn.Module):
         self.input_size = input_size
         channels = [max(8, round(width * c)) for c in (64, 128, 256, 512)]
         self.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels[0])
-        self.prelu = nn.PReLU(channels[0])
+        self.bn1 = BatchNorm2d(channels[0])
+        self.prelu = PReLU(channels[0])
         previous, side = channels[0], input_size
         for number, (blocks, c) in enumerate(zip(layers, channels, strict=True), start=1):
             stage = [IBasicBlock(previous if i == 0 else c, c, stride=2 if i == 0 else 1) for i in range(blocks)]
             setattr(self, f"layer{number}", nn.Sequential(*stage))
             previous, side = c, (side + 1) // 2
-        self.bn2 = nn.BatchNorm2d(previous)
+        self.bn2 = BatchNorm2d(previous)
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(previous * side * side, EMBEDDING_DIM)
-        self.features = nn.BatchNorm1d(EMBEDDING_DIM)
+        self.features = BatchNorm1d(EMBEDDING_DIM)
         self.features.weight.requires_grad = False  # the embedding's scale is fixed: only its direction counts
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -235,6 +289,11 @@ class MoCo(nn.Module):
         self.query.add_module("backbone", backbone)
         self.query.add_module("head", head)
         self.key = copy.deepcopy(self.query).requires_grad_(False)  # a copy: head and statistics included
+        self.key_norms = [module for module in self.key.modules() if isinstance(module, _BatchNorm)]
+        if guard == "shuffle" and not all(isinstance(norm, InGroups) for norm in self.key_norms):
+            raise ValueError(
+                "guard=shuffle: the backbone's BatchNorms must be moco.BatchNorm1d or 2d, which can work in sub-batches"
+            )
         self.loss = loss
         self.guard, self.shuffle_groups, self.symmetric = guard, shuffle_groups, symmetric
         self.register_buffer("queue", torch.zeros(queue_size, head.dim))
@@ -254,8 +313,11 @@ class MoCo(nn.Module):
         if self.guard != "shuffle" or not self.training:
             return F.normalize(self.key(views).float())
         order = torch.randperm(len(views), generator=generator).to(views.device)
-        groups = max(1, min(self.shuffle_groups, len(views) // 2))  # BatchNorm cannot normalise one image
-        keys = torch.cat([self.key(views[rows]).float() for rows in order.tensor_split(groups)])
+        for norm in self.key_norms:
+            norm.groups = max(1, min(self.shuffle_groups, len(views) // 2))  # BatchNorm cannot normalise one image
+        keys = self.key(views[order]).float()
+        for norm in self.key_norms:
+            norm.groups = 1
         return F.normalize(torch.empty_like(keys).index_copy_(0, order, keys))
 
     def forward(self, view_q: Tensor, view_k: Tensor, generator: torch.Generator | None = None) -> StepOutput:
@@ -314,7 +376,7 @@ def key_momentum_at(progress: float, base: float, schedule: str) -> float:
 @torch.no_grad()
 def calibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Set the BatchNorm statistics of `model` to the plain average over `batches` of views; no weight changes."""
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     usual = [m.momentum for m in norms]
     for norm in norms:
         norm.reset_running_stats()
@@ -467,6 +529,20 @@ def build_gallery(vectors: np.ndarray, identity: np.ndarray, template: str = "ce
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Chosen:
+    """Rows [P] of vectors [N, D], gathered a slice at a time: a copy of all of them would be as large again."""
+
+    vectors: np.ndarray
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return self.vectors[self.rows[part]]
+
+
 class Found(NamedTuple):
     rank: np.ndarray  # [N] rank of the true template, 1 is best; k + 1 stands for beyond k
     row: np.ndarray  # [N, K] nearest rows of gallery.vectors, -1 for none; K = k rows (centroid), more for best
@@ -482,7 +558,7 @@ def _rank_among(score: np.ndarray, owner: np.ndarray, own: np.ndarray, k: int, w
     return np.where(is_shown, np.minimum(templates, k + 1), k + 1)
 
 
-def search(probes: np.ndarray, own: np.ndarray, gallery: Gallery, k: int = 20) -> Found:
+def search(probes: np.ndarray | Chosen, own: np.ndarray, gallery: Gallery, k: int = 20) -> Found:
     """The k nearest templates of each probe by FAISS `IndexFlatIP`, and the rank of its own.
 
     probes: unit rows [N, D]. own: template of each [N], -1 for an unknown person. Ties count against us: a rank is the
@@ -521,7 +597,7 @@ def count_scores(score: np.ndarray, into: np.ndarray | None = None) -> np.ndarra
     return into
 
 
-def compare(probes: np.ndarray, own: np.ndarray, gallery: Gallery) -> Compared:
+def compare(probes: np.ndarray | Chosen, own: np.ndarray, gallery: Gallery) -> Compared:
     """Every probe against every template, in blocks: 8e9 pairs in the memory of one block and one table of counts.
 
     probes: unit rows [N, D]; own: template of each [N], all enrolled (ValueError otherwise). No score is sampled or estimated.

@@ -7,6 +7,7 @@ one means: conf/config.yaml. Everything a run makes is in runs/<run>/.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import glob
@@ -218,13 +219,18 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def set_determinism(cfg: "Config", tf32: bool) -> None:
-    """Set what torch keeps for the whole process, in full each time: the jobs of a sweep share one."""
+def configure_process(device: torch.device, deterministic: bool, tf32: bool) -> None:
+    """Set what torch and the C library keep for the whole process, in full each time: the jobs of a sweep share one."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; without it no deterministic product
-    torch.use_deterministic_algorithms(cfg.deterministic)
+    torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # each value of ours is written before it is read
-    torch.backends.cudnn.deterministic = cfg.deterministic
+    torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.allow_tf32 = tf32
+    if device.type == "cpu" and sys.platform == "linux":  # keep freed memory: else each large tensor is mapped and zeroed anew
+        with contextlib.suppress(AttributeError):  # a C library without mallopt
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-4, 0)  # M_MMAP_MAX
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
@@ -1075,7 +1081,7 @@ def train(cfg: Config, folder: Path) -> float:
         if saved:
             check_same_run(saved, cfg, folder)
         device = pick_device(cfg.device)
-        set_determinism(cfg, tf32=True)
+        configure_process(device, cfg.deterministic, tf32=True)
         training = Training(cfg, device)
         state_bytes = 4 * sum(p.numel() * p.element_size() for p in training.model.query.parameters())
         if not saved:  # a run that goes on has most of them already
@@ -1343,7 +1349,7 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     path = find_checkpoint(cfg, folder)
     state = load_checkpoint(path)
     cfg = settings_of(state, cfg, typed)
-    set_determinism(dataclasses.replace(cfg, deterministic=True), tf32=False)  # fp32 in earnest, the same each time
+    configure_process(device, deterministic=True, tf32=False)  # fp32 in earnest, the same each time
     model = build_model(cfg)
     load_weights(model, state)
     rows = None if cfg.embed.test_glob else locate_rows(cfg, cfg.embed.split, shards=state["meta"]["shards"] or None)
@@ -1541,7 +1547,8 @@ def closed_set_ranks(data: Embeddings, cfg: EvalConfig, per_id: int, seed: int) 
     drawn = moco.enrol(data.names, data.keys, per_id, seed)
     gallery = moco.build_gallery(data.vectors[drawn.enrolled], drawn.identity[drawn.enrolled], cfg.template)
     people = drawn.identity[drawn.probes]
-    return moco.search(data.vectors[drawn.probes], gallery.index(people), gallery, max(cfg.top_k)).rank, people
+    probes = moco.Chosen(data.vectors, drawn.probes)
+    return moco.search(probes, gallery.index(people), gallery, max(cfg.top_k)).rank, people
 
 
 def closed_set_rates(data: Embeddings, cfg: EvalConfig, per_id: int, seed: int) -> dict[str, moco.Rate]:
@@ -1556,7 +1563,7 @@ def measure(data: Embeddings, drawn: moco.Enrolment, cfg: EvalConfig, search: bo
     Without `search` the ranks are those of the comparison with every template, which are the same, and no neighbours are found.
     """
     gallery = moco.build_gallery(data.vectors[drawn.enrolled], drawn.identity[drawn.enrolled], cfg.template)
-    probes, people = data.vectors[drawn.probes], drawn.identity[drawn.probes]
+    probes, people = moco.Chosen(data.vectors, drawn.probes), drawn.identity[drawn.probes]
     own, depth = gallery.index(people), max(20, *cfg.top_k)
     found, compared = moco.search(probes, own, gallery, depth) if search else None, moco.compare(probes, own, gallery)
     columns, thresholds = moco.verification(compared.genuine, compared.impostors, cfg.fars)
@@ -1606,8 +1613,8 @@ def open_set_figures(data: Embeddings, cfg: EvalConfig) -> dict:
         return {}
     gallery = moco.build_gallery(data.vectors[drawn.enrolled], drawn.identity[drawn.enrolled], cfg.template)
     people, strangers = drawn.identity[drawn.probes], drawn.identity[drawn.unknown]
-    known = moco.search(data.vectors[drawn.probes], gallery.index(people), gallery, 1)
-    unknown = moco.search(data.vectors[drawn.unknown], np.full(len(strangers), -1), gallery, 1)
+    known = moco.search(moco.Chosen(data.vectors, drawn.probes), gallery.index(people), gallery, 1)
+    unknown = moco.search(moco.Chosen(data.vectors, drawn.unknown), np.full(len(strangers), -1), gallery, 1)
     columns, thresholds = moco.open_set(known, unknown, cfg.fpirs)
     rates = moco.rates(columns, np.concatenate([people, strangers]), cfg.seed, cfg.bootstrap) if columns else {}
     return figures_of(rates) | {
@@ -1879,14 +1886,20 @@ def difference_to(first: Path, run: Path, cfg: Config) -> dict[str, float | None
     return dict(zip(names, change, strict=True))
 
 
+def settings_file(run: Path) -> Path | None:
+    """The settings that a run was trained with, else those that it was asked for and failed on; None for a folder of no run."""
+    asked = sorted(run.glob(".hydra/*/config.yaml"), key=lambda path: path.stat().st_mtime_ns)
+    return run / "config.yaml" if (run / "config.yaml").exists() else asked[-1] if asked else None
+
+
 def report(cfg: Config, pattern: str) -> None:
     """Several runs side by side: table.csv and curves.png beside them, and the paired difference of each to the first."""
     import polars as pl
 
-    runs = sorted({Path(path).parent for path in glob.glob(f"{pattern}/config.yaml")})
-    if not runs:
+    found = {run: path for run in sorted(map(Path, glob.glob(pattern))) if (path := settings_file(run))}
+    if not found:
         raise FileNotFoundError(f"report.runs={pattern}: no run there (a folder with config.yaml)")
-    settings = [flat(read_saved_settings(run / "config.yaml")) for run in runs]
+    runs, settings = list(found), [flat(read_saved_settings(path)) for path in found.values()]
     varied = sorted(
         key for key in settings[0] if key not in ("run", "run_dir", "command") and len({str(s.get(key)) for s in settings}) > 1
     )
@@ -1897,7 +1910,8 @@ def report(cfg: Config, pattern: str) -> None:
         low, high = figures.get("rank1_ci", (None, None))
         change = difference_to(runs[0], run, cfg)
         lines = read_log(run)
-        state = f"epoch {lines[-1]['epoch'] if lines else 0} of {setting['train.epochs']}" + (", measured" if figures else "")
+        epoch = f"epoch {lines[-1]['epoch']} of {setting['train.epochs']}" if lines else "not trained, see its log.txt"
+        state = epoch + (", measured" if figures else "")
         overrides = {key: str(setting.get(key)) for key in varied}
         rows.append({"run": run.name, "state": state, **overrides, **rates, "rank1_low": low, "rank1_high": high, **change})
     out = Path(os.path.commonpath(runs)) if len(runs) > 1 else runs[0].parent
@@ -1980,10 +1994,11 @@ def main(raw: DictConfig) -> float | None:
     try:
         cfg = load_config(raw)
         with logging_redirect_tqdm():
-            objective = COMMANDS[cfg.command](cfg, folder, typed_keys(HydraConfig.get().overrides.task))
-            if HydraConfig.get().mode == RunMode.MULTIRUN and cfg.command in ("train", "eval", "all"):
-                report(cfg, glob.escape(str(folder.parent)) + "/*")  # so a sweep ends with its table
-            return objective
+            try:
+                return COMMANDS[cfg.command](cfg, folder, typed_keys(HydraConfig.get().overrides.task))
+            finally:
+                if HydraConfig.get().mode == RunMode.MULTIRUN and cfg.command in ("train", "eval", "all"):
+                    report(cfg, glob.escape(str(folder.parent)) + "/*")  # so a sweep ends with its table, failed jobs in it
     except Exception:
         log.debug("failed", exc_info=True)  # for log.txt: the terminal gets one line
         raise

@@ -142,6 +142,32 @@ def test_shuffled_sub_batches_come_back_in_order_each_with_its_own_statistics():
     assert (keys - whole).abs().max() > 1e-3
 
 
+def test_a_backbone_whose_batchnorms_cannot_work_in_sub_batches_is_refused_and_not_left_unguarded():
+    plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 512), torch.nn.BatchNorm1d(512))
+    with pytest.raises(ValueError, match=r"must be moco\.BatchNorm1d or 2d"):
+        moco.MoCo(plain, moco.ProjectionHead(), moco.MarginNCE(0.2, 0), 8, "shuffle")
+    assert moco.MoCo(plain, moco.ProjectionHead(), moco.MarginNCE(0.2, 0), 8, "none").guard == "none"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_our_prelu_is_that_of_torch_with_its_gradients(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, 4, 6, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
+    x[0, :, 0, 0] = 0
+    slope, ours = torch.linspace(-0.5, 1.5, 5), moco.PReLU(5)
+    ours.weight.data = slope.clone() if dtype == torch.bfloat16 else slope.double()
+    found = []
+    for function in (ours, lambda x: F.prelu(x, ours.weight.to(x.dtype))):
+        leaf = x.clone().requires_grad_()
+        y = function(leaf)
+        ours.weight.grad = None
+        y.backward(x.flip(3))
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        found.append((y, leaf.grad, ours.weight.grad))
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-12 if dtype == torch.float64 else 0.05)
+
+
 @pytest.mark.parametrize(("batch", "groups"), [(2, 8), (3, 2), (7, 3), (16, 16)])
 def test_no_sub_batch_is_too_small_to_be_normalised(batch, groups):
     keys = small_moco("shuffle", groups=groups).encode_keys(views(batch), torch.Generator().manual_seed(0))
@@ -156,7 +182,7 @@ def test_a_step_gives_the_loss_of_its_own_figures_and_gradients_reach_the_query_
     model = small_moco("none")
     out = model(views(seed=1), views(seed=2))
     q, k = model.encode_queries(views(seed=1)), out.keys
-    assert float(out.loss) == pytest.approx(float(margin_nce(q, k, model.queue, 0.2, 0.1)), abs=1e-5)
+    assert float(out.loss.detach()) == pytest.approx(float(margin_nce(q, k, model.queue, 0.2, 0.1)), abs=1e-5)
     assert float(out.pos_sim) == pytest.approx(float((q * k).sum(1).mean()), abs=1e-5)
     negatives = q @ model.queue.T
     assert float(out.neg_sim) == pytest.approx(float(negatives.mean()), abs=1e-5)
@@ -172,7 +198,7 @@ def test_the_symmetric_loss_is_the_mean_of_both_directions_and_enqueues_both_vie
     out = model(views(seed=1), views(seed=2))
     model.symmetric = False
     one, other = model(views(seed=1), views(seed=2)), model(views(seed=2), views(seed=1))
-    assert float(out.loss) == pytest.approx(float((one.loss + other.loss) / 2), abs=1e-4)
+    assert float(out.loss.detach()) == pytest.approx(float((one.loss + other.loss) / 2), abs=1e-4)
     assert out.keys.shape == (16, 512)
 
 
@@ -183,7 +209,7 @@ def test_logits_and_loss_are_float32_inside_autocast():
         q = model.encode_queries(views(seed=1))
     assert out.loss.dtype == torch.float32
     exact = margin_nce(q.double(), out.keys.double(), model.queue.double(), 0.2, 0.1)
-    assert float(out.loss) == pytest.approx(float(exact), abs=2e-5)
+    assert float(out.loss.detach()) == pytest.approx(float(exact), abs=2e-5)
 
 
 def test_the_queue_holds_the_newest_keys_whatever_the_batch_and_wraps():

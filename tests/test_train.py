@@ -1,5 +1,6 @@
 """Training, embedding and evaluation as a user runs them, on small drawn faces."""
 
+import csv
 import json
 import os
 import signal
@@ -389,3 +390,13 @@ def test_a_sweep_of_whole_pipelines_ends_with_a_folder_a_job_and_a_table(words, 
     table = (tmp_path / "sweep" / "table.csv").read_text()
     assert "moco.margin" in table
     assert len(table.splitlines()) == 3
+
+
+def test_failed_jobs_of_a_sweep_stand_in_its_table_and_the_others_go_on(words, tmp_path):
+    told, code = in_shell(words, tmp_path / "sweep", "train.max_steps=2", "moco.queue_size=8,48", first=["-m"])
+    assert code == 1
+    assert "moco.queue_size=8: must be >= 16" in told
+    with open(tmp_path / "sweep" / "table.csv") as file:
+        states = {row["moco.queue_size"]: row["state"] for row in csv.DictReader(file)}
+    assert states["48"] == "epoch 1 of 2"
+    assert states["8"] == "not trained, see its log.txt"

@@ -4,6 +4,7 @@ Nothing here asserts a time: a table says what was measured, on which machine, b
 """
 
 import contextlib
+import ctypes
 import io
 import os
 import platform
@@ -86,6 +87,14 @@ def read_augmentation() -> dataio.AugmentConfig:
 
 def clock() -> float:
     return CLOCK[0]()
+
+
+def keep_freed_memory(keep: bool) -> None:
+    """The C library's memory as sniperface.configure_process sets it on the CPU, or as it sets itself after a few large tensors."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        for option, value in ((-4, 0 if keep else 65536), (-1, 2**31 - 1 if keep else 64 << 20), (-3, 32 << 20)):
+            libc.mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 
 
 def use_one_core() -> None:

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from common import (
     alternate,
     clock,
+    keep_freed_memory,
     make_pictures,
     print_head,
     print_row,
@@ -183,9 +184,12 @@ def measure_step(name: str, args: argparse.Namespace, device: torch.device) -> O
     if device.type == "cpu":
         usual["fp32"] = UsualStep(name, args.queue, device, amp=False)
     contenders |= {label: lambda step=step: step(*plain) for label, step in usual.items()}
-    measures = {
-        k: lambda f=f: rate_of(f, args.batch, args.seconds, device, warm=int(device.type == "cuda")) for k, f in contenders.items()
-    }
+
+    def measured(label: str) -> float:
+        keep_freed_memory(label not in usual and device.type == "cpu")
+        return rate_of(contenders[label], args.batch, args.seconds, device, warm=int(device.type == "cuda"))
+
+    measures = {label: lambda label=label: measured(label) for label in contenders}
     for step in contenders.values():  # compilation, autotuning, first allocations
         step()
     found = alternate(measures, args.rounds)
