@@ -652,6 +652,8 @@ def decode_image(data: bytes | memoryview, size: int, max_pixels: int) -> np.nda
                 image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
             image = image.convert("RGB")
             return np.asarray(image if image.size == (size, size) else ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
+    except MemoryError:  # not the picture's fault
+        raise
     except Exception as error:  # Pillow raises a dozen types on damaged files; each of them means the same here
         raise ValueError(f"{type(error).__name__}: {first_line(error)}") from error
 
@@ -780,7 +782,7 @@ class ParquetImageStream:
             yield number, rows
             first += len(rows)
 
-    def read_unit(self, unit: int) -> pa.LargeBinaryArray:
+    def read_unit(self, unit: int) -> pa.ChunkedArray:
         """Encoded images of the allowed rows of one row group; a null where the file has none."""
         number, group = self.index.units[unit].tolist()
         path, wanted = self.index.paths[number], self.index.row[self.starts[unit] : self.starts[unit + 1]]
@@ -791,7 +793,8 @@ class ParquetImageStream:
                 self.batch_read_rows, row_groups=[group], columns=[self.columns.image], use_threads=False
             ):
                 inside = wanted[(wanted >= offset) & (wanted < offset + len(batch))] - offset
-                parts.append(pc.cast(batch.column(0), pa.large_binary()).take(pa.array(inside)))
+                column = pc.cast(batch.column(0), pa.large_binary())
+                parts.append(column if len(inside) == len(batch) else column.take(pa.array(inside)))
                 offset += len(batch)
         except (OSError, pa.ArrowException, ValueError) as error:
             raise ValueError(f"{path} row group {group}: cannot be read ({first_line(error)}); has the file changed?") from error
@@ -799,9 +802,9 @@ class ParquetImageStream:
             raise ValueError(
                 f"{path} row group {group}: ends at row {offset}, the index expects row {wanted[-1]}; has the file changed?"
             )
-        return pa.concat_arrays(parts)
+        return pa.chunked_array(parts, pa.large_binary())
 
-    def decode_row(self, unit: int, place: int, encoded: pa.LargeBinaryArray, image: int) -> np.ndarray:
+    def decode_row(self, unit: int, place: int, encoded: pa.ChunkedArray, image: int) -> np.ndarray:
         """Decode one image; for a broken one the next readable one of the row group, going round, then of the next row groups."""
         for step in range(len(self.index.units)):
             for i in range(len(encoded)):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,23 @@ def test_a_run_stopped_inside_an_epoch_goes_on_to_the_same_bits_whatever_the_wor
     train(words, tmp_path / "parts", f"data.cache={cache}", "data.workers=3", "train.max_steps=17")
     train(words, tmp_path / "parts", f"data.cache={cache}", "data.workers=2")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+    ("faster", "tolerance"),
+    [
+        (["data.cache=device"], 0),  # the same images in the same order, in the same arithmetic
+        (["train.amp=bf16"], 0.1),
+        pytest.param(["train.compile=true"], 0.01, marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs a compiler")),
+    ],
+)
+def test_twenty_steps_of_each_faster_path_have_the_losses_of_the_plain_one(words, tmp_path, faster, tolerance):
+    losses = []
+    for name, more in (("plain", []), ("faster", faster)):
+        train(words, tmp_path / name, "data.cache=decoded", "train.log_every=1", "train.max_steps=20", *more)
+        losses.append([line["loss"] for line in log_of(tmp_path / name)])
+    assert len(losses[0]) == 20
+    assert losses[1] == pytest.approx(losses[0], rel=tolerance, abs=0)
 
 
 def test_every_step_changes_the_weights_and_the_log_says_what_a_user_needs(words, tmp_path):
