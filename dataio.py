@@ -13,6 +13,7 @@ import functools
 import glob
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -20,6 +21,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import threading
 import zlib
 from collections import deque
@@ -37,7 +39,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -54,6 +56,11 @@ METADATA_KEY = b"sniperface"  # our entry in the schema metadata of the files we
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def progress(*args, **settings) -> tqdm:
+    """A tqdm bar that in a file, as of a batch job, adds a line every ten seconds instead of ten a second."""
+    return tqdm(*args, mininterval=0.1 if sys.stderr.isatty() else 10.0, **settings)
 
 
 def sync_folder(folder: Path) -> None:
@@ -348,6 +355,8 @@ class RowIndex(NamedTuple):
     files: list[pq.FileMetaData]
     paths: list[Path]
     units: np.ndarray  # int32 [U, 2]: file, row group
+    offset: np.ndarray  # int64 [U]: rows of the file before the unit
+    starts: np.ndarray  # int64 [U + 1]: allowed rows before each unit
     unit: np.ndarray  # int32 [N]: unit of each allowed row, ascending
     row: np.ndarray  # int32 [N]: row inside the unit
     fingerprint: str  # of the files' rows and of which are allowed; the folder does not count
@@ -385,13 +394,14 @@ def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | 
     Raises ValueError if there is none.
     """
     allowed = None if allowed_identities is None else set(map(str, allowed_identities))
-    files, paths, units, unit_of_row, row_of_row, marks = [], find_files(globs), [], [], [], []
+    files, paths, units, offsets, unit_of_row, row_of_row, marks = [], find_files(globs), [], [], [], [], []
     stamps = [stamp(path) for path in paths]
     for number, path in enumerate(paths):
         parquet = open_parquet(path)
         with naming(path):
             check_contract(path, parquet.schema_arrow, columns)
         files.append(parquet.metadata)
+        before = 0
         for group in range(parquet.num_row_groups):
             identities = read_identities(parquet, path, group, columns)
             coded = identities.dictionary_encode()  # asked once a person: pc.is_in hashes all names anew for each row group, 14 x
@@ -404,21 +414,23 @@ def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | 
                 unit_of_row.append(np.full(len(rows), len(units), np.int32))
                 row_of_row.append(rows)
                 units.append((number, group))
+                offsets.append(before)
+            before += len(identities)
     if not units:
         raise ValueError(
             f"{globs}: no row of {len(paths)} files has an allowed identity; is split.out_dir the table of other data?"
         )
-    fingerprint = digest(*marks)
+    starts = np.concatenate([[0], np.cumsum([len(rows) for rows in row_of_row])])
     return RowIndex(
-        files, paths, np.array(units, np.int32), np.concatenate(unit_of_row), np.concatenate(row_of_row), fingerprint, stamps
-    )
+        files, paths, np.array(units, np.int32), np.array(offsets), starts, np.concatenate(unit_of_row),
+        np.concatenate(row_of_row), digest(*marks), stamps,
+    )  # fmt: skip
 
 
 def place_of(index: RowIndex, i: int) -> tuple[Path, int]:
     """Path of the file and row in it, counted from 0, of row `i` of the index."""
-    number, group = index.units[index.unit[i]].tolist()
-    before = sum(index.files[number].row_group(g).num_rows for g in range(group))
-    return index.paths[number], before + int(index.row[i])
+    unit = index.unit[i]
+    return index.paths[index.units[unit, 0]], int(index.offset[unit] + index.row[i])
 
 
 def draw_seed(seed: int, purpose: str, *address: int) -> int:
@@ -476,10 +488,9 @@ SHARD_SCHEMA = pa.schema([("identity_id", pa.string()), ("image_filename", pa.st
 
 def read_rows(index: RowIndex, columns: Columns) -> Iterator[pa.Table]:
     """The allowed rows, a row group at a time, with the contract's names: identity, filename, image bytes as they are."""
-    starts = np.searchsorted(index.unit, np.arange(len(index.units) + 1))
     names = [columns.identity, columns.filename, columns.image]
     for unit, (number, group) in enumerate(index.units.tolist()):
-        wanted, offset, parquet = index.row[starts[unit] : starts[unit + 1]], 0, open_indexed(index, number)
+        wanted, offset, parquet = index.row[index.starts[unit] : index.starts[unit + 1]], 0, open_indexed(index, number)
         with naming(index.paths[number]):
             for batch in parquet.iter_batches(ROW_GROUP_ROWS, row_groups=[group], columns=names, use_threads=False):
                 inside = wanted[(wanted >= offset) & (wanted < offset + len(batch))] - offset
@@ -544,9 +555,12 @@ def scatter_rows(index: RowIndex, columns: Columns, shard_of: np.ndarray, folder
             bar.update(len(table))
 
 
-def sorted_bucket(path: Path, order: np.ndarray) -> pa.Table:
-    """Second pass: the rows of one shard in the global order."""
-    table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+def sorted_bucket(path: Path, order: np.ndarray, rows: int) -> pa.Table:
+    """Second pass: the `rows` rows of one shard in the global order. Raises ValueError for a bucket that lost some."""
+    with naming(path):
+        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+    if len(table) != rows:  # a stream that was cut between two messages, as by a power cut, reads without an error
+        raise ValueError(f"{path}: holds {len(table)} of {rows} rows; delete {path.parent} and run the command again")
     return table.take(np.argsort(order[table["number"].to_numpy()])).drop_columns("number")
 
 
@@ -562,6 +576,40 @@ def cut(tables: Iterable[pa.Table], lengths: Iterable[int]) -> Iterator[list[pa.
         yield run
 
 
+def write_side(index: RowIndex, columns: Columns, out_dir: Path, names: list[str], note: dict, size_bytes: int) -> None:
+    """Write the shards `names` with `note` into a folder beside `out_dir`, which takes its place when all are there."""
+    part, rows, shuffled = out_dir.with_name(f".{out_dir.name}.part"), len(index.unit), note["split"] == "train"
+    marker, buckets = part / "note.json", part / "buckets"
+    foreign = [p.name for p in out_dir.glob("*") if not re.fullmatch(re.escape(out_dir.name) + r"_\d{5}\.parquet", p.name)]
+    if foreign:
+        raise ValueError(f"{out_dir}: holds {foreign[:3]}, which is not ours to delete; choose another split.out_dir")
+    if not marker.exists() or json.loads(marker.read_text()) != note:  # of another split, or none
+        shutil.rmtree(part, ignore_errors=True)
+        need_space(part, (2 if shuffled else 1) * size_bytes * 11 // 10, f"materialising {rows} {note['split']} images")
+        with write_whole(marker) as temporary:
+            temporary.write_text(json.dumps(note))
+    order = np.random.default_rng(draw_seed(0, "materialize", rows)).permutation(rows) if shuffled else np.arange(rows)
+    shard_of = order * len(names) // rows
+    lengths = np.bincount(shard_of).tolist()
+    with progress(total=rows * (1 + shuffled), desc=f"{note['split']}/{out_dir.name}", unit="image") as bar:
+        if shuffled and not buckets.exists() and not all((part / name).exists() for name in names):
+            shutil.rmtree(part / "dealing", ignore_errors=True)
+            scatter_rows(index, columns, shard_of, part / "dealing", bar)
+            os.replace(part / "dealing", buckets)
+        sequence = None if shuffled else cut(read_rows(index, columns), lengths)
+        for shard, (name, length) in enumerate(zip(names, lengths, strict=True)):
+            tables = None if shuffled else next(sequence)  # in order: what is there already is skipped by reading
+            if not (part / name).exists():
+                bucket = buckets / f"{shard:05d}.arrow"
+                write_shard(part / name, [sorted_bucket(bucket, order, length)] if shuffled else tables, note)
+            bar.update(length)
+    shutil.rmtree(buckets, ignore_errors=True)
+    marker.unlink()
+    shutil.rmtree(out_dir, ignore_errors=True)
+    os.replace(part, out_dir)
+    sync_folder(out_dir.parent)
+
+
 def materialize_split(
     input_glob: str | Sequence[str], splits_table: str | Path, out_dir: str | Path, split_name: str, columns: Columns = COLUMNS
 ) -> list[Path]:
@@ -569,47 +617,20 @@ def materialize_split(
 
     Train shards are in one globally shuffled order, so that reading them in sequence is as good as a permutation: a first pass
     deals the rows to buckets, a second one sorts each bucket in memory. The folder appears whole or not at all; a stopped run
-    goes on with the shards that it had finished, a finished one is left as it is. Raises OSError where the disk has no room.
+    goes on with the shards that it had finished, a finished one is left as it is; of two processes, one writes and the other
+    waits. Raises OSError where the disk has no room.
     """
     out_dir, splits = Path(out_dir), read_identity_splits(splits_table)
     if split_name not in splits.identities:
         raise ValueError(f"split_name={split_name!r}: must be one of {sorted(splits.identities)}")
     index = build_index(input_glob, splits.identities[split_name], columns)
-    rows, size = len(index.unit), image_bytes_of(index, columns)
-    shuffled, count = split_name == "train", min(len(index.unit), -(-size // SHARD_BYTES))
-    note = {"split": split_name, "table": splits.hash, "source": index.fingerprint, "rows": rows, "shards": count}
+    size = image_bytes_of(index, columns)
+    count = min(len(index.unit), -(-size // SHARD_BYTES))
+    note = {"split": split_name, "table": splits.hash, "source": index.fingerprint, "rows": len(index.unit), "shards": count}
     names = [f"{out_dir.name}_{shard:05d}.parquet" for shard in range(count)]
-    if out_dir.exists() and all((out_dir / name).exists() and read_metadata(out_dir / name) == note for name in names):
-        return [out_dir / name for name in names]
-    part = out_dir.with_name(f".{out_dir.name}.part")
-    marker = part / "note.json"
-    foreign = [p.name for p in out_dir.glob("*") if not re.fullmatch(re.escape(out_dir.name) + r"_\d{5}\.parquet", p.name)]
-    if foreign:
-        raise ValueError(f"{out_dir}: holds {foreign[:3]}, which is not ours to delete; choose another split.out_dir")
-    if not marker.exists() or json.loads(marker.read_text()) != note:  # of another split, or none
-        shutil.rmtree(part, ignore_errors=True)
-        need_space(part, (2 if shuffled else 1) * size * 11 // 10, f"materialising {rows} {split_name} images")
-        with write_whole(marker) as temporary:
-            temporary.write_text(json.dumps(note))
-    order = np.random.default_rng(draw_seed(0, "materialize", rows)).permutation(rows) if shuffled else np.arange(rows)
-    shard_of = order * count // rows
-    buckets = part / "buckets"
-    with tqdm(total=rows * (1 + shuffled), desc=f"{split_name}/{out_dir.name}", unit="image") as bar:
-        if shuffled and not buckets.exists() and not all((part / name).exists() for name in names):
-            shutil.rmtree(part / "dealing", ignore_errors=True)
-            scatter_rows(index, columns, shard_of, part / "dealing", bar)
-            os.replace(part / "dealing", buckets)
-        sequence = None if shuffled else cut(read_rows(index, columns), np.bincount(shard_of))
-        for shard, name in enumerate(names):
-            tables = None if shuffled else next(sequence)  # in order: what is there already is skipped by reading
-            if not (part / name).exists():
-                write_shard(part / name, [sorted_bucket(buckets / f"{shard:05d}.arrow", order)] if shuffled else tables, note)
-            bar.update(int((shard_of == shard).sum()))
-    shutil.rmtree(buckets, ignore_errors=True)
-    marker.unlink()
-    shutil.rmtree(out_dir, ignore_errors=True)
-    os.replace(part, out_dir)
-    sync_folder(out_dir.parent)
+    with locked(out_dir.with_name(f".{out_dir.name}.lock"), wait=True):
+        if not out_dir.exists() or not all((out_dir / n).exists() and read_metadata(out_dir / n) == note for n in names):
+            write_side(index, columns, out_dir, names, note, size)
     return [out_dir / name for name in names]
 
 
@@ -654,38 +675,47 @@ def decode_image(data: bytes | memoryview, size: int, max_pixels: int) -> np.nda
             return np.asarray(image if image.size == (size, size) else ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
     except MemoryError:  # not the picture's fault
         raise
+    except UnidentifiedImageError as error:
+        raise ValueError(f"no picture of a format that is read: it begins with {bytes(data[:8])!r}") from error
     except Exception as error:  # Pillow raises a dozen types on damaged files; each of them means the same here
         raise ValueError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
 class BadImages:
-    """Counts broken images, each once, names the first ones in the log, and ends the run when they are too many."""
+    """Counts the broken ones of `whole` images, each once, names the first in the log, and ends the run when they are too many."""
 
-    def __init__(self, max_fraction: float, instead: str):
-        self.max_fraction, self.instead, self.found, self.lock = max_fraction, instead, {}, threading.Lock()
+    def __init__(self, max_fraction: float, whole: int, instead: str):
+        self.max_fraction, self.whole, self.instead, self.lock = max_fraction, whole, instead, threading.Lock()
+        self.found: dict[tuple[Path, int], str] = {}  # why, by file and row
         self.first_met: dict[tuple[Path, int], int] = {}  # number of the image that met it: threads decode ahead
 
     def add(self, path: Path, row: int, reason: str, met: int = 0) -> None:
+        """Note a broken image. Raises ValueError where no number of good ones can make up for those that were found."""
         with self.lock:
             self.first_met[path, row] = min(met, self.first_met.get((path, row), met))
             if (path, row) not in self.found:
                 self.found[path, row] = reason
                 if len(self.found) <= 10:
                     log.warning("%s row %d: broken image (%s); %s", path, row, reason, self.instead)
+            if len(self.found) > self.max_fraction * self.whole:
+                self.refuse(len(self.found), self.whole)
 
-    def judge(self, seen: int, whole: int) -> None:
+    def judge(self, seen: int) -> None:
         """Raise ValueError if more than the allowed fraction of `seen` images is broken; judged from 1,000 on, or all there are."""
-        limit = self.max_fraction * min(seen, whole)
-        if seen < min(1000, whole) or len(self.found) <= limit:
+        seen_once = min(seen, self.whole)
+        if seen < min(1000, self.whole) or len(self.found) <= self.max_fraction * seen_once:
             return
         with self.lock:
             count = sum(met < seen for met in self.first_met.values())
-        if count > limit:
-            (path, row), reason = next(iter(self.found.items()))
-            raise ValueError(
-                f"{count} of {min(seen, whole)} images are broken, more than data.max_bad_fraction={self.max_fraction}; "
-                f"the first: {path} row {row} ({reason})"
-            )
+        if count > self.max_fraction * seen_once:
+            self.refuse(count, seen_once)
+
+    def refuse(self, count: int, seen: int) -> None:
+        (path, row), reason = next(iter(self.found.items()))
+        raise ValueError(
+            f"{count} of {seen} images are broken, more than data.max_bad_fraction={self.max_fraction}; "
+            f"the first: {path} row {row} ({reason})"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -727,7 +757,7 @@ def load_batches(
                     for future in futures:
                         future.result()
                     for source, last in zip(sources, drawn(finished + 1), strict=True):
-                        source.bad.judge(last, whole=len(source))
+                        source.bad.judge(last)
                     yield images.to(device, non_blocking=True).permute(0, 3, 1, 2)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -755,8 +785,7 @@ class ParquetImageStream:
         self.index = index or build_index(globs, allowed_identities, columns)
         self.shuffle_files, self.shuffle_buffer, self.batch_read_rows = shuffle_files, shuffle_buffer, batch_read_rows
         self.image_size, self.seed, self.max_pixels = image_size, seed, max_image_pixels
-        self.bad = BadImages(max_bad_fraction, "a readable one of its row group stands in for it")
-        self.starts = np.searchsorted(self.index.unit, np.arange(len(self.index.units) + 1))  # first row of each unit
+        self.bad = BadImages(max_bad_fraction, len(self.index.unit), "a readable one of its row group stands in for it")
         self.loaded: dict[tuple[int, int], Future] = {}  # encoded rows by (pass, unit), from first to last use
         self.to_come: dict[int, np.ndarray] = {}  # by pass: images of each unit that are still to be drawn
         self.next_image = -1
@@ -785,7 +814,7 @@ class ParquetImageStream:
     def read_unit(self, unit: int) -> pa.ChunkedArray:
         """Encoded images of the allowed rows of one row group; a null where the file has none."""
         number, group = self.index.units[unit].tolist()
-        path, wanted = self.index.paths[number], self.index.row[self.starts[unit] : self.starts[unit + 1]]
+        path, wanted = self.index.paths[number], self.index.row[self.index.starts[unit] : self.index.starts[unit + 1]]
         parts, offset = [], 0
         try:
             parquet = open_indexed(self.index, number)
@@ -813,7 +842,7 @@ class ParquetImageStream:
                     data = encoded[candidate].as_buffer() if encoded[candidate].is_valid else b""
                     return decode_image(data, self.image_size, self.max_pixels)
                 except ValueError as error:
-                    self.bad.add(*place_of(self.index, int(self.starts[unit]) + candidate), str(error), image)
+                    self.bad.add(*place_of(self.index, int(self.index.starts[unit]) + candidate), str(error), image)
             unit, place = (unit + 1) % len(self.index.units), 0
             encoded = self.read_unit(unit) if step + 1 < len(self.index.units) else encoded
         raise ValueError(
@@ -824,7 +853,7 @@ class ParquetImageStream:
         """Decode rows of the index into out [len(rows), S, S, 3]; waits for their row groups, whose reading started before."""
         for image, (row, target) in enumerate(zip(rows.tolist(), out, strict=True), first):
             unit = int(self.index.unit[row])
-            target[:] = self.decode_row(unit, row - int(self.starts[unit]), encoded[unit].result(), image)
+            target[:] = self.decode_row(unit, row - int(self.index.starts[unit]), encoded[unit].result(), image)
 
     def submit(self, pool: ThreadPoolExecutor, first: int, stop: int, out: Tensor) -> list[Future]:
         """Start to decode images first..stop-1 of the sequence into uint8 [stop - first, S, S, 3]. For one caller, in order.
@@ -869,39 +898,50 @@ class ParquetImageStream:
         )  # fmt: skip
 
 
-def read_sums(note: Path) -> list[int]:
-    """The checksums of the chunks that are finished. Raises ValueError for a file that does not hold such a list."""
+class CacheNote(NamedTuple):
+    """What is kept beside a decoded cache."""
+
+    sums: list[int]  # checksums of the chunks that are finished
+    broken: list[tuple[str, int, str]]  # file, row and reason of the images that another one stands in for
+
+
+def read_cache_note(path: Path) -> CacheNote:
+    """Raises ValueError for a file that is no such note."""
     try:
-        sums = json.loads(note.read_bytes()) if note.exists() else []
-        if isinstance(sums, list) and all(isinstance(number, int) for number in sums):
-            return sums
-    except ValueError:
+        note = CacheNote(**json.loads(path.read_bytes())) if path.exists() else CacheNote([], [])
+        if all(isinstance(number, int) for number in note.sums):
+            return CacheNote(note.sums, [(str(file), int(row), str(reason)) for file, row, reason in note.broken])
+    except (ValueError, TypeError):
         pass
-    raise ValueError(f"{note}: not the checksums of a cache; delete it and the files beside it, they will be made again")
+    raise ValueError(f"{path}: not the checksums of a cache; delete it and the files beside it, they will be made again")
 
 
-def build_cache(stream: ParquetImageStream, part: Path, note: Path, shape: tuple[int, ...], workers: int | None) -> None:
-    """Decode the images of `stream` into the file `part`, from where a stopped build left off; checksums of chunks go to `note`."""
+def build_cache(stream: ParquetImageStream, part: Path, note_path: Path, shape: tuple[int, ...], workers: int | None) -> None:
+    """Decode the images of `stream` into the file `part`, from where a stopped build left off; a `CacheNote` grows beside it."""
     if not part.exists():
         need_space(part.parent, math.prod(shape), "the decoded cache")
-        note.unlink(missing_ok=True)  # of a cache that was deleted: nothing of this one is decoded yet
-    sums = read_sums(note)
-    with open(part, "ab") as file:
-        os.posix_fallocate(file.fileno(), 0, math.prod(shape))  # a full disk is an error here, and a dead process in the map
+        note_path.unlink(missing_ok=True)  # of a cache that was deleted: nothing of this one is decoded yet
+    (sums, broken), ordered = read_cache_note(note_path), stream.in_file_order()
+    with open(part, "ab") as file:  # a full disk is an error here, and a dead process in the map
+        allocate = getattr(os, "posix_fallocate", lambda descriptor, _, size: os.truncate(descriptor, size))  # macOS has none
+        allocate(file.fileno(), 0, math.prod(shape))
     images = np.memmap(part, np.uint8, "r+", shape=shape)
+    for file, row, reason in broken:
+        ordered.bad.add(Path(file), row, reason)
 
     def drawn(chunk: int) -> list[int]:
         return [min(chunk * CACHE_CHUNK, len(stream))]
 
-    batches = load_batches([stream.in_file_order()], drawn, len(sums), -(-len(stream) // CACHE_CHUNK), workers=workers)
-    with tqdm(total=len(stream), initial=drawn(len(sums))[0], desc=f"decoding into {part.parent}", unit="image") as bar:
+    batches = load_batches([ordered], drawn, len(sums), -(-len(stream) // CACHE_CHUNK), workers=workers)
+    with progress(total=len(stream), initial=drawn(len(sums))[0], desc=f"decoding into {part.parent}", unit="image") as bar:
         for batch in batches:
             start = len(sums) * CACHE_CHUNK
             images[start : start + len(batch)] = batch.permute(0, 2, 3, 1).numpy()
             images.flush()
             sums.append(zlib.crc32(images[start : start + len(batch)]))
-            with write_whole(note) as temporary:
-                temporary.write_text(json.dumps(sums))
+            broken = [(str(file), row, reason) for (file, row), reason in list(ordered.bad.found.items())]
+            with write_whole(note_path) as temporary:
+                temporary.write_text(json.dumps(CacheNote(sums, broken)._asdict()))
             bar.update(len(batch))
 
 
@@ -909,27 +949,29 @@ def open_cache(stream: ParquetImageStream, folder: Path, workers: int | None) ->
     """The decoded images of `stream` as a read-only map uint8 [N, S, S, 3], made if it is not there, checked by its checksums.
 
     A build that was stopped goes on where it was; of two processes that want the same cache, one builds and the other waits.
-    Raises OSError where the disk has no room, ValueError for a damaged cache.
+    Raises OSError where the disk has no room, ValueError for a damaged cache, or one with too many broken images.
     """
     size = stream.image_size
     shape = (len(stream), size, size, 3)
     name = f"{digest(stream.index.fingerprint, size, stream.max_pixels, len(stream))}.u8"
-    final, part, note = folder / name, folder / f"{name}.part", folder / f"{name}.json"
+    final, part, note_path = folder / name, folder / f"{name}.part", folder / f"{name}.json"
     with locked(folder / f".{name}.lock", wait=True):
         if not final.exists():
-            build_cache(stream, part, note, shape, workers)
+            build_cache(stream, part, note_path, shape, workers)
             os.replace(part, final)
-    if final.stat().st_size != math.prod(shape) or not note.exists():
+    if final.stat().st_size != math.prod(shape) or not note_path.exists():
         raise ValueError(
             f"{final}: has {final.stat().st_size} bytes instead of {math.prod(shape)}, or its checksums are gone; delete it"
         )
-    images, sums = np.memmap(final, np.uint8, "r", shape=shape), read_sums(note)
+    images, note = np.memmap(final, np.uint8, "r", shape=shape), read_cache_note(note_path)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # crc32 releases the GIL
         starts = range(0, len(images), CACHE_CHUNK)
         found = list(pool.map(lambda start: zlib.crc32(images[start : start + CACHE_CHUNK]), starts))
-    if found != sums:
-        bad = sum(a != b for a, b in zip(found, sums, strict=False))
+    if found != note.sums:
+        bad = sum(a != b for a, b in itertools.zip_longest(found, note.sums))
         raise ValueError(f"{final}: {bad} of {len(found)} chunks are damaged; delete it, it will be made again")
+    for file, row, reason in note.broken:
+        stream.bad.add(Path(file), row, reason)
     return images
 
 
@@ -940,12 +982,17 @@ class DecodedCache:
 
     def __init__(self, stream: ParquetImageStream, folder: str | Path, workers: int | None = None):
         self.index, self.seed, self.image_size, self.bad = stream.index, stream.seed, stream.image_size, stream.bad
-        self.fingerprint = digest(self.order_kind, stream.index.fingerprint)
+        self.fingerprint = self.fingerprint_of(stream)
         self.images: np.ndarray | Tensor = open_cache(stream, Path(folder), workers)
         self.order = functools.lru_cache(maxsize=2)(self.order)
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @classmethod
+    def fingerprint_of(cls, stream: ParquetImageStream) -> str:
+        """What `fingerprint` will be, before the cache is made."""
+        return digest(cls.order_kind, stream.index.fingerprint)
 
     rows = ParquetImageStream.rows
 
@@ -988,16 +1035,12 @@ def shuffle_quality(stream: ParquetImageStream, queue_size: int) -> float:
     Identities are read again for this figure only. 1 is ideal; nan where nobody has two pictures.
     """
     index, codes, known = stream.index, [], {}
-    for number, group in index.units.tolist():
-        column = (
-            open_parquet(index.paths[number], index.files[number])
-            .read_row_group(group, columns=[stream.columns.identity])
-            .column(0)
-        )
-        names = as_strings(column, index.paths[number], stream.columns.identity).to_pylist()
-        codes.append(np.array([known.setdefault(name, len(known)) for name in names]))
-    starts = np.searchsorted(index.unit, np.arange(len(index.units) + 1))
-    kept = np.concatenate([part[index.row[a:b]] for part, a, b in zip(codes, starts[:-1], starts[1:], strict=True)])
+    for unit, (number, group) in enumerate(index.units.tolist()):
+        parquet = open_parquet(index.paths[number], index.files[number])
+        names = read_identities(parquet, index.paths[number], group, stream.columns)
+        names = names.take(pa.array(index.row[index.starts[unit] : index.starts[unit + 1]])).to_pylist()
+        codes += [known.setdefault(name, len(known)) for name in names]
+    kept = np.array(codes)
     true_shuffle = np.random.default_rng(0).permutation(len(kept))
     ideal = repeats_in_queue(kept[true_shuffle], queue_size)
     return repeats_in_queue(kept[stream.order(0)], queue_size) / ideal if ideal else float("nan")
@@ -1523,9 +1566,11 @@ def write_demo_faces(folder: Path, identities: int, images_digiface: int, images
     )
     for name, style, people, images, suffix, encoding in sources:
         rows = []
-        for i, k in tqdm([(i, k) for i in people for k in range(images)], f"drawing demo faces, {style}", unit="image"):
+        for i, k in progress([(i, k) for i in people for k in range(images)], f"drawing demo faces, {style}", unit="image"):
             encoded = io.BytesIO()
             draw_face(i, k, style, seed, size).save(encoded, **encoding)
             rows.append({"identity_id": str(i), "image_filename": f"{i}/{k}.{suffix}", "image_bytes": encoded.getvalue()})
+        table = pa.Table.from_pylist(rows)
+        table = table.cast(with_metadata(table.schema, {"drawn": identities}))
         with write_whole(folder / name) as temporary:
-            pq.write_table(pa.Table.from_pylist(rows), temporary, row_group_size=100, compression="none")
+            pq.write_table(table, temporary, row_group_size=100, compression="none")

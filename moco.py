@@ -29,6 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 EMBEDDING_DIM = 512
 TIE = 1e-6  # cosines closer than this are equal: a float32 sum of 512 terms knows no better
 GRID = 2**20  # cosines are counted in steps of 1 / GRID = 9.5e-7, as fine as a TIE; the table then stays in the cache, 2 x
+NEIGHBOURS = 5  # nearest rows that are kept of each probe
 BLOCK = 2**24  # scores held at once: 64 MiB of float32
 MIN_ERRORS = 10  # a rate of false matches is quoted from at least so many: standard error a third of it, at best
 Z95 = 1.959964  # two-sided 95 % of the normal distribution
@@ -223,14 +224,17 @@ def chance_loss(queue_size: int, temperature: float, margin: float) -> float:
 
 
 class MarginNCE(nn.Module):
-    """`margin_nce` with its two settings: (q [B, D], k [B, D], queue [K, D]) -> loss []."""
+    """`margin_nce` with its two settings, of (q [B, D], k [B, D], queue [K, D]) or of their cosines -> loss []."""
 
     def __init__(self, temperature: float, margin: float):
         super().__init__()
         self.temperature, self.margin = temperature, margin
 
     def forward(self, q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
-        return margin_nce(q, k, queue, self.temperature, self.margin)
+        return self.of_cosines(*cosines(q, k, queue))
+
+    def of_cosines(self, positive: Tensor, negative: Tensor) -> Tensor:
+        return cross_entropy_of(positive, negative, self.temperature, self.margin)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,7 +333,7 @@ class MoCo(nn.Module):
             q = self.encode_queries(for_query)  # [B, D]
             with torch.autocast(q.device.type, enabled=False):  # in bf16 a logit at T = 0.07 is off by up to 0.03
                 positive, negative = cosines(q, k, self.queue)  # [B, 1], [B, K]
-                losses.append(cross_entropy_of(positive, negative, self.loss.temperature, self.loss.margin))
+                losses.append(self.loss.of_cosines(positive, negative))
             keys.append(k)
         loss = torch.stack(losses).mean()
         with torch.no_grad():
@@ -466,8 +470,9 @@ def enrol(names: np.ndarray, keys: np.ndarray, per_id: int, seed: int, open_set_
 
     names, keys: strings [N], the identity of a row and the name of its image (source and file), unique within the identity.
     An identity with at most per_id images is enrolled whole, as a distractor. round(open_set_share * identities) identities are
-    not enrolled: all their images are unknown probes. Each draw hashes (seed, name, key) alone, so it depends neither on the
-    order of the rows nor on who else is in the file. Raises ValueError for doubled images and where no probe is left.
+    not enrolled: all their images are unknown probes. Each draw hashes (seed, name, key) alone, so it does not depend on the
+    order of the rows, and which images are enrolled not on who else is in the file. Raises ValueError for doubled images and
+    where no probe is left.
     """
     if per_id < 1 or not 0 <= open_set_share < 1:
         raise ValueError(f"enrol: per_id must be at least 1 and open_set_share in [0, 1), found {per_id} and {open_set_share}")
@@ -486,8 +491,8 @@ def enrol(names: np.ndarray, keys: np.ndarray, per_id: int, seed: int, open_set_
     first, rest = order[in_gallery[order] & ~is_unknown], order[~in_gallery[order] & ~is_unknown]
     if not len(rest):
         raise ValueError(
-            f"enrol: no probes left: {per_id} images of each identity are enrolled and the largest of {len(people)} "
-            f"identities has {count.max(initial=0)}; lower eval.enroll_per_id or embed identities with more images"
+            f"enrol: no probes left: {per_id} images of each identity are enrolled and the largest of {(~left_out).sum()} "
+            f"enrolled identities has {count[~left_out].max(initial=0)}; lower eval.enroll_per_id or embed more images of each"
         )
     distractors = int(((count <= per_id) & ~left_out).sum())
     return Enrolment(identity, first, rest, order[is_unknown], distractors)
@@ -545,7 +550,7 @@ class Chosen:
 
 class Found(NamedTuple):
     rank: np.ndarray  # [N] rank of the true template, 1 is best; k + 1 stands for beyond k
-    row: np.ndarray  # [N, K] nearest rows of gallery.vectors, -1 for none; K = k rows (centroid), more for best
+    row: np.ndarray  # [N, K] nearest rows of gallery.vectors, -1 for none; K = NEIGHBOURS, or less in a small gallery
     score: np.ndarray  # [N, K] their cosines, falling
 
 
@@ -574,7 +579,7 @@ def search(probes: np.ndarray | Chosen, own: np.ndarray, gallery: Gallery, k: in
     for start in range(0, len(probes), 4096):
         score, row = index.search(np.ascontiguousarray(probes[start : start + 4096], np.float32), width)
         rank = _rank_among(score, gallery.owner[row], own[start : start + 4096], k, whole=width == index.ntotal)
-        found.append(Found(rank, row.astype(np.int32), score))
+        found.append(Found(rank, row[:, :NEIGHBOURS].astype(np.int32), score[:, :NEIGHBOURS].copy()))  # of up to 1,000 and more
     return Found(*map(np.concatenate, zip(*found, strict=True)))
 
 
@@ -624,9 +629,9 @@ def compare(probes: np.ndarray | Chosen, own: np.ndarray, gallery: Gallery) -> C
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def closed_set(rank: np.ndarray, k: int = 20) -> Columns:
-    """CMC columns rank1 .. rank<k> of ranks [N] that count from 1."""
-    return {f"rank{at}": rank <= at for at in range(1, k + 1)}
+def closed_set(rank: np.ndarray, ks: Iterable[int] = range(1, 21)) -> Columns:
+    """CMC columns rank<k> of ranks [N] that count from 1."""
+    return {f"rank{k}": rank <= k for k in ks}
 
 
 def _steps_at(impostors: np.ndarray, rates: np.ndarray) -> np.ndarray:
@@ -684,18 +689,13 @@ def verification(genuine: np.ndarray, impostors: np.ndarray, fars: list[float]) 
     return columns, at
 
 
-def roc(genuine: np.ndarray, impostors: np.ndarray, points: int = 200) -> dict[str, np.ndarray]:
-    """For the pictures: TAR over the FARs that the pairs support, log-spaced [points], and both histograms in 256 bins."""
-    far = np.geomspace(min(1, MIN_ERRORS / impostors.sum()), 1, points)
-    step = np.sort(step_of(genuine))
-    tar = 1 - np.searchsorted(step, _steps_at(impostors, far)) / len(step)
+def histograms(genuine: np.ndarray, impostors: np.ndarray) -> dict[str, np.ndarray]:
+    """For the pictures: genuine scores [N] and the table of impostor counts in 256 bins, and the bins' edges [257]."""
     bins = 2 * GRID // 256
     return {
-        "far": far,
-        "tar": tar,
         "edge": np.linspace(-1, 1, 257),
         "impostors": impostors.reshape(256, bins).sum(axis=1),
-        "genuine": np.bincount(step // bins, minlength=256),
+        "genuine": np.bincount(step_of(genuine) // bins, minlength=256),
     }
 
 
@@ -706,14 +706,15 @@ def open_set(known: Found, unknown: Found, fpirs: list[float]) -> tuple[Columns,
     probe, then for each unknown one: its row says how far that probe moves the threshold and with it the TPIR (delta method).
     Returns the thresholds too, None where fewer than MIN_ERRORS false alarms would be allowed.
     """
-    genuine = np.where(known.rank == 1, known.score[:, 0], -1)  # -1 reaches no threshold
+    first, genuine = known.rank == 1, known.score[:, 0]
     impostors = count_scores(unknown.score[:, 0])
     at = thresholds(impostors, fpirs)
     columns = {}
     for fpir in (fpir for fpir in fpirs if at[fpir] is not None):
-        hit, alarm = is_match(genuine, at[fpir]), is_match(unknown.score[:, 0], at[fpir])
-        low, high = _steps_at(impostors, np.array([fpir / 2, min(2 * fpir, 1)]))
-        slope = ((step_of(genuine) >= high).mean() - (step_of(genuine) >= low).mean()) / (np.log(4) * fpir)  # dTPIR / dFPIR
+        hit, alarm = first & is_match(genuine, at[fpir]), is_match(unknown.score[:, 0], at[fpir])
+        around = np.array([fpir / 2, min(2 * fpir, 1)])
+        low, high = ((first & (step_of(genuine) >= step)).mean() for step in _steps_at(impostors, around))
+        slope = (high - low) / (np.log(around[1] / around[0]) * fpir)  # dTPIR / dFPIR
         moves = [(hit - hit.mean()) / len(hit), -slope * (alarm - alarm.mean()) / len(alarm)]
         columns[f"tpir@{fpir:g}"] = hit.mean() + np.concatenate(moves) * (len(hit) + len(alarm))
     return columns, at
@@ -766,7 +767,6 @@ class Resampled(NamedTuple):
     mean: np.ndarray  # [M] over all rows
     spread: np.ndarray  # [M] standard error: standard deviation over the bootstrap draws
     quantile: np.ndarray  # [M] 97.5 % point of Student's t, for as many identities as carry the spread
-    people: float  # identities, weighed by their share of the rows: (sum n)^2 / sum n^2
 
 
 def student_t(df: np.ndarray) -> np.ndarray:
@@ -790,7 +790,7 @@ def resample(columns: list[np.ndarray], identity: np.ndarray, seed: int, draws: 
         drawn[draw] = weight @ total / (weight @ size)
     residual = (total - size[:, None] * mean) ** 2
     carriers = residual.sum(axis=0) ** 2 / np.maximum((residual**2).sum(axis=0), 1e-300)
-    return Resampled(mean, drawn.std(axis=0, ddof=1), student_t(np.maximum(carriers, 4)), size.sum() ** 2 / (size**2).sum())
+    return Resampled(mean, drawn.std(axis=0, ddof=1), student_t(np.maximum(carriers, 4)))
 
 
 def wilson(rate: np.ndarray, trials: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -801,8 +801,10 @@ def wilson(rate: np.ndarray, trials: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return np.round(middle - half, 12).clip(0, 1), np.round(middle + half, 12).clip(0, 1)
 
 
-def rates(columns: Columns, identity: np.ndarray, seed: int, draws: int = 1000) -> dict[str, Rate]:
+def rates(columns: Columns, identity: np.ndarray, seed: int, draws: int = 1000, trials: int | None = None) -> dict[str, Rate]:
     """The mean of each column, a rate in [0, 1], with its 95 % interval; rows of one identity [N] stand and fall together.
+
+    The first `trials` rows can succeed or fail, the others only move the figure, as unknown probes do; by default all can.
 
     Wilson's interval for as many independent trials as have the bootstrap's spread (Korn and Graubard 1998): it holds near 0
     and 1, where percentiles of the draws may cover only 60 %. Where no probe is missed at all, each identity counts as one trial.
@@ -810,11 +812,12 @@ def rates(columns: Columns, identity: np.ndarray, seed: int, draws: int = 1000) 
     if not len(identity):
         raise ValueError("rates: no probes in this part; leave it out of the report or choose a larger one")
     found = resample([np.asarray(column, np.float64) for column in columns.values()], identity, seed, draws)
-    inner = np.clip(found.mean, 0.5 / len(identity), 1 - 0.5 / len(identity))  # a rate of 1 may still have a moving threshold
+    size = np.unique(identity[:trials], return_counts=True)[1].astype(np.float64)  # rows of each identity
+    inner = np.clip(found.mean, 0.5 / size.sum(), 1 - 0.5 / size.sum())  # a rate of 1 may still have a moving threshold
     with np.errstate(divide="ignore"):
-        trials = inner * (1 - inner) / found.spread**2 * (Z95 / found.quantile) ** 2
-    trials = np.where(found.spread > 1e-12, trials, found.people)
-    low, high = wilson(np.clip(found.mean, 0, 1), trials)
+        effective = inner * (1 - inner) / found.spread**2 * (Z95 / found.quantile) ** 2
+    effective = np.where(found.spread > 1e-12, effective, size.sum() ** 2 / (size**2).sum())  # identities, by share of the rows
+    low, high = wilson(np.clip(found.mean, 0, 1), effective)
     return {name: Rate(*map(float, three)) for name, *three in zip(columns, found.mean, low, high, strict=True)}
 
 

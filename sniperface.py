@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import gc
 import glob
 import hashlib
 import importlib.metadata
@@ -20,6 +21,7 @@ import logging
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -27,6 +29,7 @@ import string
 import subprocess
 import sys
 import time
+import traceback
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -53,7 +56,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import dataio
 import moco
-from dataio import draw, draw_seed, two_views, write_whole
+from dataio import draw, draw_seed, progress, two_views, write_whole
 
 log = logging.getLogger("sniperface")
 CONF = Path(__file__).resolve().parent / "conf"
@@ -197,8 +200,8 @@ def load_config(raw: DictConfig) -> Config:
     for name, op in vars(cfg.augment).items():
         if isinstance(op, dataio.Op) and (op.low > op.high or (op.low <= 0 and name in ("zoom", "aspect"))):
             raise ValueError(f"augment.{name}: low={op.low} must be <= high={op.high}, and > 0 for zoom and aspect")
-    if len(cfg.backbone.layers) != 4 or min(cfg.backbone.layers) < 1:
-        raise ValueError(f"backbone.layers={cfg.backbone.layers}: must be four numbers >= 1")
+    if len(cfg.backbone.layers) != 4:
+        raise ValueError(f"backbone.layers={cfg.backbone.layers}: must be four numbers")
     return cfg
 
 
@@ -275,8 +278,12 @@ def sources_of(cfg: Config) -> dict[str, str]:
 
 def find_sources(cfg: Config) -> dict[str, list[Path]]:
     """The files of each source. Raises FileNotFoundError that tells a newcomer where the data comes from."""
-    if cfg.data.demo_identities and not all(glob.glob(pattern) for pattern in sources_of(cfg).values()):
-        folder = Path(cfg.data.digiface_glob).parent
+    folder, patterns = Path(cfg.data.digiface_glob).parent, sources_of(cfg).values()
+    if (
+        cfg.data.demo_identities
+        and not all(map(glob.glob, patterns))
+        and all("drawn" in dataio.read_metadata(path) for path in folder.glob("*.parquet"))  # never over or beside a user's files
+    ):
         dataio.write_demo_faces(folder, cfg.data.demo_identities, 16, 8, cfg.data.image_size, seed=0)
     try:
         files = {source: dataio.find_files(pattern) for source, pattern in sources_of(cfg).items()}
@@ -426,9 +433,10 @@ def split(cfg: Config, folder: Path) -> None:
 
 NOT_THE_RESULT = (                                           # settings that may differ when a run goes on
     "command", "run", "run_dir", "device", "deterministic", "data.digiface_glob", "data.digi2real_glob", "data.demo_identities",
-    "data.workers", "data.cache", "data.cache_dir", "data.batch_read_rows", "split.out_dir", "split.materialize",
-    "train.max_steps", "train.min_spread", "train.min_gap", "train.when_stuck", "train.log_every", "train.save_every_epochs",
-    "train.save_every_steps", "train.keep_last", "train.resume", "embed", "eval", "report",
+    "data.workers", "data.cache", "data.cache_dir", "data.batch_read_rows", "data.max_bad_fraction", "split.out_dir",
+    "split.materialize", "train.compile", "train.max_steps", "train.min_spread", "train.min_gap", "train.when_stuck",
+    "train.log_every", "train.save_every_epochs", "train.save_every_steps", "train.keep_last", "train.resume", "embed", "eval",
+    "report",
 )  # fmt: skip
 
 
@@ -466,6 +474,8 @@ def run_lock(folder: Path) -> Iterator[None]:
             stack.enter_context(dataio.locked(folder / ".lock", wait=False))
         except BlockingIOError as error:
             raise ValueError(f"{folder}: another process is training here; wait for it, or choose another run=") from error
+        for stale in folder.glob("checkpoints/.*.tmp"):  # of a process that was killed, maybe in another container
+            stale.unlink()
         yield
 
 
@@ -514,6 +524,14 @@ def load_checkpoint(path: Path) -> dict:
         raise
     except Exception as error:  # zipfile, pickle and torch raise a dozen types for damaged files
         raise ValueError(f"{path}: cannot be used: {dataio.first_line(error)}") from error
+
+
+def read_log(run: Path) -> list[dict]:
+    path, lines = run / "train_log.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # the last line of a run that goes on, or was killed, may be half a line
+            lines.append(json.loads(line))
+    return lines
 
 
 def link(target: Path, name: Path) -> None:
@@ -571,8 +589,9 @@ def check_same_run(saved: dict, cfg: Config, folder: Path) -> None:
 # Pictures
 # ---------------------------------------------------------------------------------------------------------------------
 
-STYLES = ("-", "--", ":", "-.")  # told apart in black and white
+STYLES = ("-", "--", ":", "-.")  # told apart in black and white, with the marks 16 of them
 GREYS = ("black", "#555555", "#888888", "#aaaaaa")
+MARKS = ("", "o", "s", "^")
 
 
 @functools.cache
@@ -606,9 +625,10 @@ def picture(path: Path, rows: int = 1, columns: int = 1, width: float = 5.0, hei
 
 def curve(axes, x, y, label: str, style: int = 0, band: tuple | None = None, **labels: str) -> None:
     """One line, with the band of its interval; the n-th style is told apart without colour."""
-    axes.plot(x, y, STYLES[style % 4], color=GREYS[style % 4], label=label, linewidth=1.4)
+    grey, mark = GREYS[style % 4], {"marker": MARKS[style // 4 % 4], "markersize": 4, "markevery": max(1, len(x) // 8)}
+    axes.plot(x, y, STYLES[style % 4], color=grey, label=label, linewidth=1.4, **mark)
     if band is not None:
-        axes.fill_between(x, *band, color=GREYS[style % 4], alpha=0.18, linewidth=0)
+        axes.fill_between(x, *band, color=grey, alpha=0.18, linewidth=0)
     axes.set(**labels)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
@@ -621,7 +641,7 @@ def rate_curve(axes, x, rates: list[moco.Rate], label: str, style: int, **labels
 
 def draw_training(folder: Path) -> None:
     """train.png: the loss beside its chance level, cosines, top-1, spread, learning rate, share of DigiFace, the monitor."""
-    lines = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+    lines = read_log(folder)
     if not can_draw() or not lines:
         return
     whole = {"ylim": (0, 1.05)}  # else an axis that zooms makes a drama of noise
@@ -745,7 +765,7 @@ def fill_queue(training: Training, mix: dataio.CurriculumMixStream, schedule: da
     batches = mix.batches(first, schedule.steps_per_epoch, training.device, cfg.data.workers)
     model.train()
     filled = 0
-    for step, images in enumerate(tqdm(batches, total=steps, desc="filling the queue", unit="batch", leave=False)):
+    for step, images in enumerate(progress(batches, total=steps, desc="filling the queue", unit="batch", leave=False)):
         view_q, view_k = training.views(images, "fill", step)
         with torch.no_grad(), training.autocast():
             if step == 0:  # cold statistics make worse keys than no guard at all, and an untrained encoder worse than it is
@@ -790,8 +810,9 @@ def stop_if_not_finite(training: Training, mix: dataio.CurriculumMixStream, fold
     bad_batch.json then lists the pictures of that step. With the seed they are all that is needed to meet it again.
     """
     bad = int(training.first_bad_step)
-    if bad < 0 and training.scaler.is_enabled() and training.scaler.get_scale() < 1:
-        bad = training.step
+    if bad < 0 and training.scaler.is_enabled():  # a skipped step leaves the weights alone, but not BatchNorm's averages
+        averages = torch.cat([b.flatten() for b in training.model.query.buffers() if b.is_floating_point()])
+        bad = training.step if training.scaler.get_scale() < 1 or not averages.isfinite().all() else bad
     if bad < 0:
         return
     cfg, path = training.cfg, folder / "bad_batch.json"
@@ -818,7 +839,7 @@ def signs_of_failure(entry: dict, training: Training, warmed_up: bool) -> dict[s
             f"a picture's own key is no nearer than others: cosines {entry['pos_sim']:.3f} and {entry['neg_sim']:.3f}, "
             f"less than train.min_gap={cfg.min_gap} apart; look at plots/views.png: are views of one picture still alike?"
         )
-    if warmed_up and entry.get("monitor_loss", -math.inf) >= monitor["untrained"]:
+    if warmed_up and "monitor_loss" in entry and not entry["monitor_loss"] < monitor["untrained"]:  # NaN is no better either
         found["not learning"] = (
             f"the monitor's loss {entry['monitor_loss']:.3f} is no better than untrained, {monitor['untrained']:.3f}; "
             "look at train.lr, moco.key_momentum and the augmentation"
@@ -870,16 +891,12 @@ def save_checkpoint(training: Training, folder: Path, epoch: int | None) -> None
     rotate_checkpoints(checkpoints, cfg.keep_last, f"epoch_{cfg.epochs:02d}.pt")
 
 
-def start_log(path: Path, step: int, log_every: int) -> None:
+def start_log(folder: Path, step: int, log_every: int) -> None:
     """Keep the lines of the log up to `step`; a line of an unplanned stop goes too, so that the log is that of an unbroken run."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed process may be half a line
-            entry = json.loads(line)
-            if entry["step"] < step or (entry["step"] == step and (step % log_every == 0 or "monitor_loss" in entry)):
-                lines.append(line + "\n")
-    with write_whole(path) as temporary:
-        temporary.write_text("".join(lines))
+    planned = step % log_every == 0
+    kept = [e for e in read_log(folder) if e["step"] < step or (e["step"] == step and (planned or "monitor_loss" in e))]
+    with write_whole(folder / "train_log.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
 
 
 def say_what_trains(training: Training, sources: list, schedule: dataio.Schedule, rows: Rows) -> None:
@@ -976,7 +993,7 @@ def step_figures(
 
 def progress_bar(training: Training, schedule: dataio.Schedule) -> tqdm:
     batch = schedule.batch_size
-    return tqdm(total=schedule.total_steps * batch, initial=training.step * batch, desc="training", unit="image", smoothing=0.1)
+    return progress(total=schedule.total_steps * batch, initial=training.step * batch, desc="training", unit="image", smoothing=0.1)
 
 
 def run_steps(
@@ -985,11 +1002,13 @@ def run_steps(
     """The training loop: each line is one step of the paper."""
     cfg, model, optimizer, scaler = training.cfg, training.model.train(), training.optimizer, training.scaler
     clip = cfg.train.clip_grad_norm or math.inf
-    batches = mix.batches(training.step, last_step, training.device, cfg.data.workers)
     for encoder in (model.query, model.key) if cfg.train.compile else ():
         encoder.compile()  # in place: the names in the checkpoint stay
     timer, watch = Timer(cfg.train.batch_size), Watch()
-    with StopAsked() as stop, open(folder / "train_log.jsonl", "a") as log_file, progress_bar(training, schedule) as bar:
+    with (
+        contextlib.closing(mix.batches(training.step, last_step, training.device, cfg.data.workers)) as batches,
+        open(folder / "train_log.jsonl", "a") as log_file, progress_bar(training, schedule) as bar, StopAsked() as stop,
+    ):  # fmt: skip
         for step in range(training.step, last_step):
             set_lr(optimizer, lr_at(step, schedule.total_steps, schedule.steps_per_epoch, cfg.train))
             momentum = moco.key_momentum_at(step / schedule.total_steps, cfg.moco.key_momentum, cfg.moco.key_momentum_schedule)
@@ -1030,7 +1049,12 @@ def run_steps(
                 log_file.write(json.dumps(entry) + "\n")
                 log_file.flush()
                 os.fsync(log_file.fileno())  # a checkpoint must not outlive the lines before it
-                bar.set_postfix(loss=f"{entry['loss']:.3f}", top1=f"{entry['instance_top1']:.2f}", wait=f"{entry['data_wait']:.0%}")
+                told = {
+                    "loss": f"{entry['loss']:.3f}",
+                    "top1": f"{entry['instance_top1']:.2f}",
+                    "wait": f"{entry['data_wait']:.0%}",
+                }
+                bar.set_postfix(told, refresh=False)
                 watch.judge(entry, training, step > cfg.train.warmup_epochs * schedule.steps_per_epoch)
             if in_epoch == 0 and (epoch % cfg.train.save_every_epochs == 0 or stopping):
                 training.monitor["best"] = min(training.monitor["best"], training.monitor["last"])  # of the epochs that are saved
@@ -1058,12 +1082,22 @@ def write_run_files(training: Training, folder: Path) -> None:
         temporary.write_text(json.dumps([*starts, {"from_step": training.step, **training.meta}], indent=1))
 
 
-def check_same_data(meta: dict, rows: Rows, sources: list, folder: Path) -> None:
+def describe_data(cfg: Config, rows: Rows, streams: dict[str, dataio.ParquetImageStream]) -> dict:
+    """What decides which pictures come in which order: the split table, and fingerprints of the rows and how they are drawn."""
+    orders = [s.fingerprint if cfg.data.cache == "none" else dataio.DecodedCache.fingerprint_of(s) for s in streams.values()]
+    return {"table": rows.table, "shards": rows.shards, "sources": orders}
+
+
+def check_same_data(saved: dict, found: dict, rows: Rows, cfg: Config, folder: Path) -> None:
     """Raise ValueError if the rows, their order or their split are not those that the run was started on."""
-    found = {"table": rows.table, "shards": rows.shards, "sources": [source.fingerprint for source in sources]}
+    meta, cache = saved["meta"], saved["config"]["data"]["cache"]
     if meta["table"] in rows.extends:
-        found["table"] = meta["table"]  # the table has grown since; the fingerprints below tell whether the train rows did
+        found = found | {"table": meta["table"]}  # it has grown since; the fingerprints tell whether the train rows did
     changed = {key: (meta[key], now) for key, now in found.items() if meta[key] != now}
+    if changed.keys() == {"sources"} and (cache == "none") != (cfg.data.cache == "none"):
+        raise ValueError(
+            f"{folder} was started with data.cache={cache}, {cfg.data.cache} draws in another order; set that, or run="
+        )
     if changed:
         raise ValueError(f"{folder}: the data is not what the run was started on: {changed}; restore it, or set another run=")
 
@@ -1087,19 +1121,21 @@ def train(cfg: Config, folder: Path) -> float:
         if not saved:  # a run that goes on has most of them already
             dataio.need_space(folder, (cfg.train.keep_last + 4) * state_bytes, "a run's checkpoints")
         rows = locate_rows(cfg, "train", shards=saved["meta"]["shards"] if saved else None)
-        sources = cached(cfg, open_streams(cfg, rows), device)
-        schedule = dataio.Schedule(cfg.curriculum, [len(source) for source in sources], cfg.train.batch_size, cfg.train.epochs)
+        streams = open_streams(cfg, rows)
+        data = describe_data(cfg, rows, streams)
+        schedule = dataio.Schedule(cfg.curriculum, list(map(len, streams.values())), cfg.train.batch_size, cfg.train.epochs)
         last_step = min(schedule.total_steps, cfg.train.max_steps or schedule.total_steps)
         if saved:
-            check_same_data(saved["meta"], rows, sources, folder)
+            check_same_data(saved, data, rows, cfg, folder)
             training.load_state_dict(saved)
             if training.step >= last_step:
                 rotate_checkpoints(folder / "checkpoints", cfg.train.keep_last, f"epoch_{cfg.train.epochs:02d}.pt")
-                log.info("%s: finished, %d steps; nothing to do", folder, training.step)
+                what = "finished" if training.step >= schedule.total_steps else "at train.max_steps"
+                log.info("%s: %s, %d of %d steps; nothing to do", folder, what, training.step, schedule.total_steps)
                 return -min(training.monitor["best"], training.monitor["last"])
             log.info("going on from step %d of %d", training.step, schedule.total_steps)
         resumed, saved = saved is not None, None  # a checkpoint is four times the weights
-        data = {"table": rows.table, "shards": rows.shards, "sources": [source.fingerprint for source in sources]}
+        sources = cached(cfg, streams, device)
         training.meta = {**data, "precision": str(training.precision), **describe_machine(device)}
         write_run_files(training, folder)
         mix = dataio.CurriculumMixStream(sources[0], sources[1] if len(sources) == 2 else None, 0, schedule)
@@ -1110,7 +1146,7 @@ def train(cfg: Config, folder: Path) -> float:
                 draw_views(training, mix, folder / "plots" / "views.png")
             fill_queue(training, mix, schedule)
             training.monitor["untrained"] = round(monitor.measure(training), 6)
-        start_log(folder / "train_log.jsonl", training.step, cfg.train.log_every)
+        start_log(folder, training.step, cfg.train.log_every)
         run_steps(training, mix, schedule, monitor, last_step, folder)
         return -min(training.monitor["best"], training.monitor["last"])
 
@@ -1231,7 +1267,7 @@ def count_in_train(cfg: Config, train: Rows, hashes: set[int]) -> int:
     """How many of the pictures stand byte for byte among the train rows, under whatever name; reads those rows once."""
     found = set()
     for index, columns in embedded_indices(cfg, train).values():
-        with tqdm(total=len(index.unit), desc="looking for these pictures in train", unit="image", leave=False) as bar:
+        with progress(total=len(index.unit), desc="looking for these pictures in train", unit="image", leave=False) as bar:
             for table in dataio.read_rows(index, columns):
                 found |= hashes & {image_hash(data.as_buffer()) for data in table["image_bytes"] if data.is_valid}
                 bar.update(len(table))
@@ -1245,7 +1281,7 @@ def decoded_batches(
 
     Broken ones are left out, named and counted.
     """
-    bad, done = dataio.BadImages(cfg.data.max_bad_fraction, "it is left out"), 0
+    bad, done = dataio.BadImages(cfg.data.max_bad_fraction, len(index.unit), "it is left out"), 0
 
     def decode(row: int, data: pa.Scalar) -> np.ndarray | None:
         try:
@@ -1270,9 +1306,9 @@ def decoded_batches(
         done += len(table)
         if len(ahead) > 3:
             yield finish(*ahead.popleft())
-            bad.judge(done, total)
+            bad.judge(done)
     yield from itertools.starmap(finish, ahead)
-    bad.judge(total, total)
+    bad.judge(total)
 
 
 def embedding_table(table: pa.Table, source: str, vectors: np.ndarray) -> pa.Table:
@@ -1288,7 +1324,7 @@ def write_embeddings(encoders: dict[Path, Encoder], sources: dict, cfg: Config, 
         temporaries = {path: stack.enter_context(write_whole(path)) for path in encoders}
         writers: dict[Path, pq.ParquetWriter] = {}
         ready: dict[Path, list[pa.Table]] = {path: [] for path in encoders}
-        bar = stack.enter_context(tqdm(total=total, desc="embedding", unit="image"))
+        bar = stack.enter_context(progress(total=total, desc="embedding", unit="image"))
         for source, (index, columns) in sources.items():
             for table, images in decoded_batches(index, columns, cfg, pool):
                 for path, encode in encoders.items() if len(table) else ():
@@ -1332,15 +1368,19 @@ def reference_path(embeddings: Path, name: str) -> Path:
     return embeddings.with_name(f"{embeddings.stem}.{name}.parquet")
 
 
-def find_train_rows(cfg: Config) -> Rows | None:
-    """The rows that the references are fitted on and that test pictures are looked for in; None where the data is elsewhere."""
+def find_train_rows(cfg: Config, table: str) -> Rows | None:
+    """The rows that the references are fitted on and that test pictures are looked for in; None where they are not here."""
     if not (cfg.embed.references or cfg.embed.leak_check):
         return None
     try:
-        return locate_rows(cfg, "train")
+        rows = locate_rows(cfg, "train")
+        if table in (rows.table, *rows.extends):
+            return rows
+        why = f"{cfg.split.out_dir} holds split table {rows.table}, the checkpoint's is {table}"
     except FileNotFoundError as error:
-        log.warning("no references and no leak check, the run's train data is not here: %s", dataio.first_line(error))
-        return None
+        why = dataio.first_line(error)
+    log.warning("no references and no leak check, the run's train data is not here: %s", why)
+    return None
 
 
 def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
@@ -1352,7 +1392,7 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     configure_process(device, deterministic=True, tf32=False)  # fp32 in earnest, the same each time
     model = build_model(cfg)
     load_weights(model, state)
-    rows = None if cfg.embed.test_glob else locate_rows(cfg, cfg.embed.split, shards=state["meta"]["shards"] or None)
+    rows = None if cfg.embed.test_glob else locate_rows(cfg, cfg.embed.split)
     if rows and state["meta"]["table"] not in (rows.table, *rows.extends):
         raise ValueError(
             f"{path} was trained with split table {state['meta']['table']}, {cfg.split.out_dir} has {rows.table}: "
@@ -1361,7 +1401,7 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     indices = embedded_indices(cfg, rows)
     out = folder / cfg.embed.out
     encoders = {out: backbone_encoder(model.query.backbone, device, cfg.embed.flip)}
-    train_rows = find_train_rows(cfg)
+    train_rows = find_train_rows(cfg, state["meta"]["table"])
     if train_rows and cfg.embed.references:
         encoders |= {reference_path(out, name): encoder for name, encoder in reference_encoders(cfg, train_rows, device).items()}
     note = {
@@ -1369,9 +1409,14 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
         "data": [index.fingerprint for index, _ in indices.values()],
         "trained_on": 0 if rows else count_trained_on(cfg, state["meta"]["table"]),
     }  # fmt: skip
-    fingerprint = dataio.digest(*(f"{name} {value.double().sum().item()}" for name, value in state["model"].items()))
-    names = [fingerprint, f"untrained seed {cfg.seed}", f"pca {PCA_COMPONENTS} of {PCA_SIDE_PX} px"]
-    notes = {file: note | {"checkpoint": name} for file, name in zip(encoders, names, strict=False)}
+    made_by = {
+        out: dataio.digest(*(f"{name} {value.double().sum().item()}" for name, value in state["model"].items())),
+        reference_path(out, "untrained"): f"untrained seed {cfg.seed}",
+        reference_path(out, "pca"): f"pca {PCA_COMPONENTS} of {PCA_SIDE_PX} px",
+    }
+    for old in made_by.keys() - encoders.keys():  # of other pictures than those embedded now
+        old.unlink(missing_ok=True)
+    notes = {file: note | {"checkpoint": made_by[file]} for file in encoders}
     count = write_embeddings(encoders, indices, cfg, notes, train_rows)
     log.info("%s: %d vectors by %s (step %d)", out, count, path, state["step"])
 
@@ -1398,7 +1443,7 @@ class Measured(NamedTuple):
     figures: dict  # as in metrics.json
     cmc: list[moco.Rate]  # [20]
     roc: dict[float, moco.Rate]  # TAR by FAR, as far as the impostors support it
-    histogram: dict[str, np.ndarray]  # of genuine and impostor cosines, see `moco.roc`
+    histogram: dict[str, np.ndarray]  # of genuine and impostor cosines, see `moco.histograms`
     found: moco.Found | None
     genuine: np.ndarray  # [P] cosine of each probe with its own template
     thresholds: dict[float, float | None]
@@ -1530,7 +1575,7 @@ def check_leaks(data: Embeddings, drawn: moco.Enrolment, cfg: EvalConfig) -> dic
         if count:
             log.warning("LEAK: %d %s, byte for byte: the figures are too good; remove the doubles", count, what.replace("_", " "))
     gallery = len(np.unique(drawn.identity[drawn.enrolled]))
-    if gallery < max(cfg.top_k):
+    if gallery <= max(cfg.top_k):
         log.warning("only %d identities are enrolled: Rank-%d finds everybody", gallery, max(cfg.top_k))
     return leaks
 
@@ -1564,10 +1609,10 @@ def measure(data: Embeddings, drawn: moco.Enrolment, cfg: EvalConfig, search: bo
     """
     gallery = moco.build_gallery(data.vectors[drawn.enrolled], drawn.identity[drawn.enrolled], cfg.template)
     probes, people = moco.Chosen(data.vectors, drawn.probes), drawn.identity[drawn.probes]
-    own, depth = gallery.index(people), max(20, *cfg.top_k)
-    found, compared = moco.search(probes, own, gallery, depth) if search else None, moco.compare(probes, own, gallery)
+    own, ks = gallery.index(people), sorted({*range(1, 21), *cfg.top_k})
+    found, compared = moco.search(probes, own, gallery, ks[-1]) if search else None, moco.compare(probes, own, gallery)
     columns, thresholds = moco.verification(compared.genuine, compared.impostors, cfg.fars)
-    columns |= moco.closed_set(found.rank if found else compared.rank, depth) | {"mrr": 1 / compared.rank}
+    columns |= moco.closed_set(found.rank if found else compared.rank, ks) | {"mrr": 1 / compared.rank}
     rates = moco.rates(columns, people, cfg.seed, cfg.bootstrap)
     shown = {name: rate for name, rate in rates.items() if not name.startswith("rank") or int(name[4:]) in {1, 5, 10, *cfg.top_k}}
     figures = figures_of(shown) | {
@@ -1578,7 +1623,7 @@ def measure(data: Embeddings, drawn: moco.Enrolment, cfg: EvalConfig, search: bo
     points, _ = moco.verification(compared.genuine, compared.impostors, np.geomspace(1e-6, 1, 37).tolist())
     points = {float(name[4:]): column for name, column in points.items() if name.startswith("tar@")}
     roc = moco.rates(points, people, cfg.seed, cfg.bootstrap)
-    shape = moco.roc(compared.genuine, compared.impostors)
+    shape = moco.histograms(compared.genuine, compared.impostors)
     return Measured(figures, [rates[f"rank{k}"] for k in range(1, 21)], roc, shape, found, compared.genuine, thresholds)
 
 
@@ -1608,7 +1653,11 @@ def enrolment_sweep(data: Embeddings, drawn: moco.Enrolment, cfg: EvalConfig) ->
 
 def open_set_figures(data: Embeddings, cfg: EvalConfig) -> dict:
     """TPIR at each FPIR when a share of the identities is not enrolled; empty where the share leaves nobody out."""
-    drawn = moco.enrol(data.names, data.keys, cfg.enroll_per_id, cfg.seed, cfg.open_set_share)
+    try:
+        drawn = moco.enrol(data.names, data.keys, cfg.enroll_per_id, cfg.seed, cfg.open_set_share)
+    except ValueError as error:  # those with pictures to spare are left out: the closed set stands nevertheless
+        log.warning("no open-set figures: %s", error)
+        return {}
     if not len(drawn.unknown):
         return {}
     gallery = moco.build_gallery(data.vectors[drawn.enrolled], drawn.identity[drawn.enrolled], cfg.template)
@@ -1616,7 +1665,8 @@ def open_set_figures(data: Embeddings, cfg: EvalConfig) -> dict:
     known = moco.search(moco.Chosen(data.vectors, drawn.probes), gallery.index(people), gallery, 1)
     unknown = moco.search(moco.Chosen(data.vectors, drawn.unknown), np.full(len(strangers), -1), gallery, 1)
     columns, thresholds = moco.open_set(known, unknown, cfg.fpirs)
-    rates = moco.rates(columns, np.concatenate([people, strangers]), cfg.seed, cfg.bootstrap) if columns else {}
+    identity = np.concatenate([people, strangers])
+    rates = moco.rates(columns, identity, cfg.seed, cfg.bootstrap, trials=len(people)) if columns else {}
     return figures_of(rates) | {
         "unknown_identities": len(np.unique(strangers)), "unknown_probes": len(strangers), "known_probes": len(people),
         "refused": [f"tpir@{rate:g}" for rate, at in thresholds.items() if at is None],
@@ -1683,9 +1733,9 @@ def results_table(metrics: dict, measured: dict[str, Measured], cfg: EvalConfig)
         cells = (f"{found.figures[c]:.3f} [{found.figures[c + '_ci'][0]:.3f}, {found.figures[c + '_ci'][1]:.3f}]" for c in columns)
         lines.append(f"{name:<12}" + "".join(f"{cell:<24}" for cell in cells))
     lines.append(f"{'chance':<12}" + "".join(f"{min(1, k / metrics['gallery']):<24.3f}" for k in cfg.top_k))
+    who = "unseen identities" if metrics["made_from"].get("trained_on") == 0 else "identities, not known to be unseen,"
     lines.append(
-        f"{metrics['gallery']} unseen identities enrolled with {metrics['enroll_per_id']} pictures each "
-        f"({metrics['distractors']} of them "
+        f"{metrics['gallery']} {who} enrolled with {metrics['enroll_per_id']} pictures each ({metrics['distractors']} of them "
         f"distractors), {metrics['probes']} probes; 95 % intervals over identities"
     )
     return "\n".join(lines)
@@ -1693,6 +1743,8 @@ def results_table(metrics: dict, measured: dict[str, Measured], cfg: EvalConfig)
 
 def find_pictures(cfg: Config, side: str | None, wanted: set[tuple[str, str, str]]) -> dict | None:
     """Decode the pictures (source, file name, identity) from the data of the run; None if the data is not there."""
+    if side is None and cfg.embed.test_glob is None:  # vectors of other files than the run's
+        return None
     found, people = {}, {identity for _, _, identity in wanted}
     try:
         for source, (index, columns) in embedded_indices(cfg, locate_rows(cfg, side) if side else None, people).items():
@@ -1809,14 +1861,6 @@ def ranks_path(folder: Path, cfg: Config) -> Path:
     return (folder / cfg.eval.out).with_suffix(".ranks.parquet")
 
 
-def read_log(run: Path) -> list[dict]:
-    path, lines = run / "train_log.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):  # the last line of a run that goes on, or was killed, may be half a line
-            lines.append(json.loads(line))
-    return lines
-
-
 def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
     """Measure an embeddings file: figures to metrics.json, a table to the terminal, pictures and report.md to the run's folder."""
     if (folder / "config.yaml").exists():
@@ -1882,7 +1926,7 @@ def difference_to(first: Path, run: Path, cfg: Config) -> dict[str, float | None
     if not base.select(["identity_id", "picture"]).equals(ours.select(["identity_id", "picture"])):
         return dict.fromkeys(names)
     hits = [{"rank1": table["rank"].to_numpy() == 1} for table in (ours, base)]
-    change = moco.differences(*hits, np.array(base["identity_id"].to_pylist()), cfg.eval.seed)["rank1"]
+    change = moco.differences(*hits, np.array(base["identity_id"].to_pylist()), cfg.eval.seed, cfg.eval.bootstrap)["rank1"]
     return dict(zip(names, change, strict=True))
 
 
@@ -1998,15 +2042,21 @@ def main(raw: DictConfig) -> float | None:
                 return COMMANDS[cfg.command](cfg, folder, typed_keys(HydraConfig.get().overrides.task))
             finally:
                 if HydraConfig.get().mode == RunMode.MULTIRUN and cfg.command in ("train", "eval", "all"):
-                    report(cfg, glob.escape(str(folder.parent)) + "/*")  # so a sweep ends with its table, failed jobs in it
-    except Exception:
+                    with not_vital("table of the sweep"):
+                        report(cfg, glob.escape(str(folder.parent)) + "/*")  # so a sweep ends with its table, failed jobs in it
+    except Exception as error:
         log.debug("failed", exc_info=True)  # for log.txt: the terminal gets one line
+        traceback.clear_frames(error.__traceback__)  # a sweep keeps the errors of its jobs, and they all that the jobs held
         raise
+    finally:
+        gc.collect()  # what refers to itself, before the next job of a sweep asks how much memory is free
+        torch.cuda.empty_cache()
 
 
 def folder_name(overrides: str) -> str:
-    """The name of a sweep's job folder: its overrides, cut and numbered by their hash where a disk would refuse the length."""
-    return overrides if len(overrides.encode()) <= 150 else f"{overrides[:120]}_{dataio.digest(overrides)}"
+    """The name of a sweep's job folder: its overrides, told apart by their hash where they do not make a name for a disk."""
+    name = re.sub(r"[^\w.,=+-]", "_", overrides) or "defaults"
+    return name if name == overrides and len(name.encode()) <= 150 else f"{name[:60]}_{dataio.digest(overrides)}"
 
 
 def in_short(error: Exception) -> str:
@@ -2018,13 +2068,19 @@ def in_short(error: Exception) -> str:
     return " ".join(lines) + "; see conf/ for what there is"
 
 
+def stop_at_once(number: int, frame: object) -> None:
+    """SIGTERM outside the training loop ends like Ctrl-C: what is half written is taken away, and a line says how to go on."""
+    raise KeyboardInterrupt(number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop_at_once)
     OmegaConf.register_new_resolver("folder_name", folder_name)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra's own refusals arrive below as exceptions
     try:
         main()
-    except KeyboardInterrupt:
-        print("sniperface: stopped; the same command starts again where it can", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stopped:
+        print("sniperface: stopped; the same command goes on where it can", file=sys.stderr)
+        sys.exit(128 + (stopped.args or (signal.SIGINT,))[0])
     except (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException) as error:
         sys.exit(f"sniperface: {in_short(error)}")

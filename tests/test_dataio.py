@@ -4,6 +4,7 @@ import dataclasses
 import io
 import itertools
 import math
+import multiprocessing
 import os
 import random
 import shutil
@@ -1388,7 +1389,7 @@ def test_the_shards_hold_every_row_of_their_side_once_byte_for_byte(job, side):
     assert in_order(rows) == expected_rows(splits, side)
     assert len(shards) > 2
     assert shards == sorted(args[2].glob("*.parquet"))
-    assert sorted(p.name for p in args[2].parent.iterdir()) == ["digiface"]
+    assert sorted(p.name for p in args[2].parent.iterdir()) == [".digiface.lock", "digiface"]
     assert (rows == expected_rows(splits, side)) == (side == "test")  # test in order, train not
 
 
@@ -1477,7 +1478,7 @@ def test_a_crash_while_dealing_leaves_nothing_and_the_next_call_ends_well(job, m
             dataio.materialize_split(*args, "train")
     assert not args[2].exists()
     assert in_order(rows_of(dataio.materialize_split(*args, "train"))) == expected_rows(splits, "train")
-    assert [p.name for p in args[2].parent.iterdir()] == ["digiface"]
+    assert sorted(p.name for p in args[2].parent.iterdir()) == [".digiface.lock", "digiface"]
 
 
 @pytest.mark.parametrize("side", ["train", "test"])
@@ -1532,12 +1533,60 @@ def test_files_of_the_user_in_the_output_folder_are_not_deleted(job):
     assert (args[2] / "thesis.txt").exists()
 
 
+def test_a_cache_remembers_its_broken_pictures(tmp_path):
+    path = broken_source(tmp_path, range(30), count=100)
+    dataio.DecodedCache(stream_of(path, max_bad_fraction=0.5), tmp_path / "cache")
+    again = dataio.DecodedCache(stream_of(path, max_bad_fraction=0.3), tmp_path / "cache")
+    assert {row for _, row in again.bad.found} == set(range(30))
+    with pytest.raises(ValueError, match=r"30 of 100 images are broken|more than data.max_bad_fraction=0.29"):
+        dataio.DecodedCache(stream_of(path, max_bad_fraction=0.29), tmp_path / "cache")
+
+
+def test_a_source_of_which_nothing_can_be_decoded_ends_at_once(tmp_path, monkeypatch):
+    path, tried, decode = broken_source(tmp_path, range(5000), count=5000), [], dataio.decode_image
+    monkeypatch.setattr(dataio, "decode_image", lambda *args: tried.append(1) or decode(*args))
+    with pytest.raises(ValueError, match="51 of 5000 images are broken"):
+        next(load_batches([stream_of(path, max_bad_fraction=0.01)], by_steps(16), 0, 4, workers=1))
+    assert len(tried) < 200  # what was in the threads' queues
+
+
 def test_a_disk_without_room_is_refused_and_leaves_nothing(job, monkeypatch):
     args, _ = job
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(20_000))
     with pytest.raises(OSError, match="materialising 225 train images needs"):
         dataio.materialize_split(*args, "train")
-    assert not args[2].parent.exists()
+    assert [p.name for p in args[2].parent.iterdir()] == [".digiface.lock"]
+
+
+def test_a_bucket_that_lost_rows_is_refused(job, monkeypatch):
+    args, _ = job
+    written = dataio.write_shard
+
+    def cut_the_next_bucket(path, tables, note):
+        written(path, tables, note)
+        for bucket in path.parent.glob("buckets/*.arrow"):
+            with pa.ipc.open_stream(bucket) as reader:
+                first = next(iter(reader))
+            with pa.ipc.new_stream(bucket, first.schema) as writer:
+                writer.write_batch(first.slice(0, 1))
+
+    monkeypatch.setattr(dataio, "write_shard", cut_the_next_bucket)
+    with pytest.raises(ValueError, match=r"00001.arrow: holds 1 of \d+ rows; delete"):
+        dataio.materialize_split(*args, "train")
+    assert not args[2].exists()
+
+
+def test_two_processes_that_materialise_take_turns(job):
+    args, splits = job
+    with dataio.locked(args[2].with_name(".digiface.lock"), wait=True):
+        other = multiprocessing.get_context("spawn").Process(target=dataio.materialize_split, args=(*args, "train"))
+        other.start()
+        other.join(5)
+        assert other.is_alive()
+        assert not args[2].exists()
+    other.join(60)
+    assert other.exitcode == 0
+    assert in_order(rows_of(sorted(args[2].glob("*.parquet")))) == expected_rows(splits, "train")
 
 
 def test_a_side_that_does_not_exist_is_refused_by_name(job):

@@ -81,6 +81,31 @@ def test_a_file_joined_from_several_is_noticed(tmp_path):
         evaluate(tmp_path, tmp_path / "b.parquet")
 
 
+def test_an_open_set_without_probes_leaves_the_closed_set_alone(tmp_path, caplog):
+    names = np.repeat(["many", "a", "b", "c", "d"], [7, 2, 2, 2, 2])
+    vectors = np.random.default_rng(0).normal(size=(len(names), WIDTH))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    folder = tmp_path / "run"
+    for seed in range(5):  # until it is the one with probes who is left out
+        files = [f"{n}.png" for n in range(len(names))]
+        path = write_vectors(tmp_path / "few.parquet", vectors, identity_id=names, image_filename=files)
+        metrics = evaluate(folder, path, "eval.open_set_share=0.2", f"eval.seed={seed}", "eval.enroll_sweep=[1]")
+        assert metrics["probes"] == 5
+        if metrics["open_set"] == {}:
+            assert "no open-set figures: enrol: no probes left" in caplog.text
+            assert "the largest of 4 enrolled identities has 2" in caplog.text
+            return
+    raise AssertionError("no seed left out the one with probes")
+
+
+def test_only_embed_can_say_that_identities_are_unseen(tmp_path, caplog):
+    caplog.set_level("INFO", logger="sniperface")
+    evaluate(tmp_path, write_vectors(tmp_path / "foreign.parquet"))
+    assert "12 identities, not known to be unseen, enrolled" in caplog.text
+    evaluate(tmp_path, write_vectors(tmp_path / "ours.parquet", note={"table": "t", "trained_on": 0}))
+    assert "12 unseen identities enrolled" in caplog.text
+
+
 def test_equal_pictures_in_gallery_and_probes_and_in_train_are_told_loudly(tmp_path, caplog):
     hashes = pa.array(np.repeat(np.arange(PEOPLE * PICTURES // 2), 2), pa.int64())  # each picture stands twice
     note = {"table": "t", "trained_on": 0, "pictures_in_train": 7}

@@ -105,7 +105,7 @@ def test_enrolment_refuses_doubled_images_and_a_file_without_probes():
     names, keys = np.array(["a", "a", "a", "b"]), np.array(["1", "2", "1", "1"])
     with pytest.raises(ValueError, match="1 rows repeat an image, first '1' of identity 'a'"):
         m.enrol(names, keys, 1, 0)
-    with pytest.raises(ValueError, match=r"no probes left: 5 images .* largest of 2 identities has 2; lower eval.enroll_per_id"):
+    with pytest.raises(ValueError, match=r"no probes left: 5 images .* largest of 2 enrolled identities has 2; lower eval"):
         m.enrol(names[[0, 1, 3]], keys[[0, 1, 3]], 5, 0)
     with pytest.raises(ValueError, match="per_id must be at least 1"):
         m.enrol(names, keys, 0, 0)
@@ -147,7 +147,7 @@ def test_ranks_and_scores_agree_with_plain_numpy(template, block, monkeypatch):
 
 
 def test_closed_set_columns_are_the_cmc():
-    columns = m.closed_set(np.array([1, 2, 2, 30]), k=3)
+    columns = m.closed_set(np.array([1, 2, 2, 30]), (1, 2, 3))
     assert {name: float(np.mean(c)) for name, c in columns.items()} == {"rank1": 0.25, "rank2": 0.75, "rank3": 0.75}
 
 
@@ -166,7 +166,7 @@ def test_a_gallery_smaller_than_k_gives_full_ranks():
         gallery, probes, own, _ = gallery_and_probes(vectors, names, keys, template=template)
         found = m.search(probes, own, gallery, k=20)
         assert found.row.min() >= 0
-        assert found.row.shape[1] == len(gallery.vectors)
+        assert found.row.shape[1] == min(m.NEIGHBOURS, len(gallery.vectors))
         np.testing.assert_array_equal(found.rank, m.compare(probes, own, gallery).rank)
 
 
@@ -293,15 +293,32 @@ def test_a_gallery_of_one_identity_has_no_impostors_and_is_refused():
         m.verification(np.ones(3, np.float32), m.count_scores(np.empty(0, np.float32)), FARS)
 
 
-def test_the_roc_and_the_histograms_hold_all_pairs():
+def test_the_histograms_hold_all_pairs():
     generator = np.random.default_rng(0)
     genuine, impostors = generator.uniform(0, 1, 500).astype(np.float32), generator.uniform(-1, 0.5, 9000).astype(np.float32)
-    drawn = m.roc(genuine, m.count_scores(impostors), points=20)
-    assert drawn["far"][0] == pytest.approx(10 / 9000)
-    assert drawn["far"][-1] == 1
-    np.testing.assert_allclose(drawn["tar"], [plain_tar(genuine, impostors, far * (1 + 1e-12)) for far in drawn["far"]])
+    drawn = m.histograms(genuine, m.count_scores(impostors))
     np.testing.assert_array_equal(drawn["impostors"], np.histogram(impostors, drawn["edge"])[0])
     np.testing.assert_array_equal(drawn["genuine"], np.histogram(genuine, drawn["edge"])[0])
+
+
+def test_where_everybody_is_an_alarm_tpir_is_rank_1():
+    rank, score = np.array([1, 1, 2, 3, 1, 2]), np.linspace(0.2, 0.7, 6, dtype=np.float32)[:, None]
+    nobody = np.zeros((40, 1), np.int32)
+    unknown = m.Found(nobody[:, 0], nobody, np.linspace(0, 1, 40, dtype=np.float32)[:, None])
+    columns, _ = m.open_set(m.Found(rank, nobody[:6], score), unknown, [1.0])
+    assert columns["tpir@1"].mean() == pytest.approx(0.5)
+
+
+def test_unknown_probes_do_not_narrow_the_interval_of_a_tpir_of_one():
+    score = np.full((200, 1), 0.9, np.float32)
+    known = m.Found(np.ones(200, int), np.zeros((200, 1), np.int32), score)  # 5 people, all found
+    unknown = m.Found(np.zeros(200, int), np.zeros((200, 1), np.int32), np.linspace(-0.5, 0.5, 200, dtype=np.float32)[:, None])
+    columns, _ = m.open_set(known, unknown, [0.1])
+    people = np.concatenate([np.repeat(np.arange(5), 40), np.repeat(np.arange(5, 45), 5)])
+    found = m.rates(columns, people, 0, trials=200)["tpir@0.1"]
+    alone = m.rates({"hit": np.ones(200)}, people[:200], 0)["hit"]
+    assert found == alone
+    assert found.low < 0.6
 
 
 def open_set_case(generator, known=400, unknown=200):

@@ -117,14 +117,15 @@ def on_cores(count: int) -> Iterator[None]:
         os.sched_setaffinity(0, usual)
 
 
-def steady_rate(batches: Iterator, seconds: float, warm: int = 6) -> float:
+def steady_rate(batches: Iterator, seconds: float, warm: int = 6, close: bool = True) -> float:
     """Items a second of an endless sequence of batches, once its queues have filled; closes the sequence."""
     for _ in range(warm):
         next(batches)
     count, start = 0, clock()
     while (passed := clock() - start) < seconds or not count:
         count += len(next(batches))
-    batches.close()
+    if close:
+        batches.close()
     return count / passed
 
 

@@ -81,7 +81,7 @@ def our_eval(vectors: np.ndarray, identity: np.ndarray, enrolled: int, cfg: snip
     own = gallery.index(people)
     found, compared = moco.search(probes, own, gallery, 20), moco.compare(probes, own, gallery)
     columns, _ = moco.verification(compared.genuine, compared.impostors, cfg.fars)
-    columns |= moco.closed_set(found.rank, 20) | {"mrr": 1 / compared.rank}
+    columns |= moco.closed_set(found.rank) | {"mrr": 1 / compared.rank}
     return moco.rates(columns, people, cfg.seed, cfg.bootstrap)
 
 
