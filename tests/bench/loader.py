@@ -251,29 +251,29 @@ def measure_split(faces: str, index_path: str, folder: Path, args: argparse.Name
         "column": lambda: seconds_of(lambda: pq.read_table(index_path, columns=["identity_id"], use_threads=False)),
     }, args.rounds)  # fmt: skip
     print_row("13", "split table of 1.22 million rows (s)", found["table"], "reading its identity column", found["column"])
-    table, size = folder / "small.parquet", os.path.getsize(faces)
+    table = folder / "small.parquet"
     splits = dataio.write_identity_splits(dataio.collect_unique_identities(faces), table, 0.5, seed=0)
-    whole = len(pq.read_table(faces, columns=["identity_id"]))
 
-    def copy() -> float:
+    def copy() -> list[Path]:
         with open(faces, "rb") as source, open(folder / "copy", "wb") as target:
             shutil.copyfileobj(source, target, 2**24)
+            target.flush()
             os.fsync(target.fileno())
-        return size
+        return [folder / "copy"]
 
-    def shards(side: str) -> float:
-        shutil.rmtree(folder / side, ignore_errors=True)
-        return size * len(dataio.build_index(dataio.materialize_split(faces, table, folder / side, side), None).unit) / whole
+    def shards(side: str) -> list[Path]:
+        return dataio.materialize_split(faces, table, folder / side, side)
 
-    def rate(work: Callable[[], float]) -> Callable[[], float]:
-        def measure() -> float:
-            done: list[float] = []
-            return 1 / (seconds_of(lambda: done.append(work())) / done[0]) / 1e6
-
-        return measure
+    def rate(work: Callable[..., list[Path]], *words: str) -> float:
+        for name in ("copy", "train", "test"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+            (folder / name).unlink(missing_ok=True)
+        written: list[Path] = []
+        passed = seconds_of(lambda: written.extend(work(*words)))
+        return sum(path.stat().st_size for path in written) / passed / 1e6
 
     found = alternate(
-        {"copy": rate(copy), "train": rate(lambda: shards("train")), "test": rate(lambda: shards("test"))}, args.rounds
+        {"copy": lambda: rate(copy), **{side: lambda side=side: rate(shards, side) for side in ("train", "test")}}, args.rounds
     )
     for side, goal in (("train", ">= 0.35"), ("test", ">= 0.7")):
         what = f"{side} shards of {len(splits.identities[side])} people (MB/s)"
