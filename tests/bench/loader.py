@@ -10,7 +10,6 @@
 | 4 | the filter with 82,500 of 110,000 identities allowed; index of 1.22 million rows | 2 % slower at most; under 200 MB |
 | 5 | reading the decoded cache on one core | 20,000 images/s |
 | 7 | peak memory of streaming with four threads from inputs of 1, 4 and 16 times the size | flat, under 1.5 GB |
-| 13 | split: the table, beside reading the identity column; shards of each side, beside copying the files | 0.35, 0.7 |
 | 14 | the rate of streaming for those inputs, and for several sizes of row groups | flat |
 | shuffle | same-identity pictures among the last 32,768, beside a true shuffle of 1.22 million sorted rows | cache 1, shards 1.3 |
 
@@ -22,7 +21,6 @@ import io
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -243,43 +241,6 @@ def measure_growth(folder: Path, pictures: list[bytes], args: argparse.Namespace
         print_row("7", what, [memory["peak_mb"]], "limit", [1500.0], "<= 1")
 
 
-def measure_split(faces: str, index_path: str, folder: Path, args: argparse.Namespace) -> None:
-    """Goal 13. The files are in the page cache and all that is written goes to the disk before the clock stops."""
-    found = alternate({
-        "table": lambda: seconds_of(lambda: dataio.write_identity_splits(
-            dataio.collect_unique_identities(index_path), folder / "big.parquet", 0.75, seed=0)),
-        "column": lambda: seconds_of(lambda: pq.read_table(index_path, columns=["identity_id"], use_threads=False)),
-    }, args.rounds)  # fmt: skip
-    print_row("13", "split table of 1.22 million rows (s)", found["table"], "reading its identity column", found["column"])
-    table = folder / "small.parquet"
-    splits = dataio.write_identity_splits(dataio.collect_unique_identities(faces), table, 0.5, seed=0)
-
-    def copy() -> list[Path]:
-        with open(faces, "rb") as source, open(folder / "copy", "wb") as target:
-            shutil.copyfileobj(source, target, 2**24)
-            target.flush()
-            os.fsync(target.fileno())
-        return [folder / "copy"]
-
-    def shards(side: str) -> list[Path]:
-        return dataio.materialize_split(faces, table, folder / side, side)
-
-    def rate(work: Callable[..., list[Path]], *words: str) -> float:
-        for name in ("copy", "train", "test"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-            (folder / name).unlink(missing_ok=True)
-        written: list[Path] = []
-        passed = seconds_of(lambda: written.extend(work(*words)))
-        return sum(path.stat().st_size for path in written) / passed / 1e6
-
-    found = alternate(
-        {"copy": lambda: rate(copy), **{side: lambda side=side: rate(shards, side) for side in ("train", "test")}}, args.rounds
-    )
-    for side, goal in (("train", ">= 0.35"), ("test", ">= 0.7")):
-        what = f"{side} shards of {len(splits.identities[side])} people (MB/s)"
-        print_row("13", what, found[side], "copying the file", found["copy"], goal)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # How good the shuffle is
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,7 +300,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000, help="rows of the main file, of 20 kB each")
     parser.add_argument("--seconds", type=float, default=1.5, help="of a measurement")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="*", help="parts to measure: 1 3 4 5 13 14 shuffle")
+    parser.add_argument("--only", nargs="*", help="parts to measure: 1 3 4 5 14 shuffle")
     parser.add_argument("--cpu-time", action="store_true", help="count processor time, on one core: for a busy machine")
     parser.add_argument("--apart", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -364,14 +325,12 @@ def main() -> None:
             cache = dataio.DecodedCache(dataio.ParquetImageStream(faces), folder / "cache")
         if wanted("3"):
             measure_views(faces, cache, args)
-        if wanted("4") or wanted("13") or wanted("shuffle"):
+        if wanted("4") or wanted("shuffle"):
             tiny = write_faces(folder / "tiny.parquet", digiface_codes(), [bytes(16)])
         if wanted("4"):
             measure_filter(faces, codes, tiny, args)
         if wanted("5"):
             measure_cache(cache, args)
-        if wanted("13"):
-            measure_split(faces, tiny, folder, args)
         if wanted("14"):
             measure_growth(folder / "growth", png, args)
         if wanted("shuffle"):
