@@ -592,6 +592,7 @@ def check_same_run(saved: dict, cfg: Config, folder: Path) -> None:
 STYLES = ("-", "--", ":", "-.")  # told apart in black and white, with the marks 16 of them
 GREYS = ("black", "#555555", "#888888", "#aaaaaa")
 MARKS = ("", "o", "s", "^")
+CMC_AXES = {"xlabel": "rank", "ylabel": "share of probes found", "ylim": (0, 1), "xticks": (1, 5, 10, 15, 20)}
 
 
 @functools.cache
@@ -623,7 +624,7 @@ def picture(path: Path, rows: int = 1, columns: int = 1, width: float = 5.0, hei
         figure.savefig(temporary, format="png", dpi=110)
 
 
-def curve(axes, x, y, label: str, style: int = 0, band: tuple | None = None, **labels: str) -> None:
+def curve(axes, x, y, label: str, style: int = 0, band: tuple | None = None, **labels) -> None:
     """One line, with the band of its interval; the n-th style is told apart without colour."""
     grey, mark = GREYS[style % 4], {"marker": MARKS[style // 4 % 4], "markersize": 4, "markevery": max(1, len(x) // 8)}
     axes.plot(x, y, STYLES[style % 4], color=grey, label=label, linewidth=1.4, **mark)
@@ -1611,8 +1612,8 @@ def measure(data: Embeddings, drawn: moco.Enrolment, cfg: EvalConfig, search: bo
     probes, people = moco.Chosen(data.vectors, drawn.probes), drawn.identity[drawn.probes]
     own, ks = gallery.index(people), sorted({*range(1, 21), *cfg.top_k})
     found, compared = moco.search(probes, own, gallery, ks[-1]) if search else None, moco.compare(probes, own, gallery)
-    columns, thresholds = moco.verification(compared.genuine, compared.impostors, cfg.fars)
-    columns |= moco.closed_set(found.rank if found else compared.rank, ks) | {"mrr": 1 / compared.rank}
+    verified, thresholds = moco.verification(compared.genuine, compared.impostors, cfg.fars)
+    columns = moco.closed_set(found.rank if found else compared.rank, ks) | {"mrr": 1 / compared.rank} | verified
     rates = moco.rates(columns, people, cfg.seed, cfg.bootstrap)
     shown = {name: rate for name, rate in rates.items() if not name.startswith("rank") or int(name[4:]) in {1, 5, 10, *cfg.top_k}}
     figures = figures_of(shown) | {
@@ -1738,7 +1739,7 @@ def results_table(metrics: dict, measured: dict[str, Measured], cfg: EvalConfig)
         f"{metrics['gallery']} {who} enrolled with {metrics['enroll_per_id']} pictures each ({metrics['distractors']} of them "
         f"distractors), {metrics['probes']} probes; 95 % intervals over identities"
     )
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def find_pictures(cfg: Config, side: str | None, wanted: set[tuple[str, str, str]]) -> dict | None:
@@ -1798,9 +1799,8 @@ def draw_results(
     with picture(plots / "cmc.png") as axes:
         ranks = np.arange(1, 21)
         for style, (name, found) in enumerate(measured.items()):
-            rate_curve(axes[0, 0], ranks, found.cmc, name, style, xlabel="rank", ylabel="share of probes found", ylim=(0, 1))
+            rate_curve(axes[0, 0], ranks, found.cmc, name, style, **CMC_AXES)
         curve(axes[0, 0], ranks, np.minimum(1, ranks / metrics["gallery"]), "chance", 3)
-        axes[0, 0].set_xticks([1, 5, 10, 15, 20])
     with picture(plots / "roc.png") as axes:
         units = {"xlabel": "false accept rate", "ylabel": "true accept rate", "xscale": "log", "ylim": (0, 1)}
         for style, (name, found) in enumerate(measured.items()):
@@ -1814,11 +1814,11 @@ def draw_results(
             counts = found.histogram[name].reshape(-1, 8).sum(axis=1)
             density = counts / counts.sum() / np.diff(edges)
             curve(axes[0, 0], middle, density, name, style, xlabel="cosine of probe and template", ylabel="density")
+        axes[0, 0].set(xlim=(float(middle[counts > 0][0]) - 0.05, 1), ylim=(0, 1.3 * axes[0, 0].get_ylim()[1]))  # room for words
         for far, at in found.thresholds.items():
             if at is not None and far in (1e-2, 1e-3, 1e-4):
                 axes[0, 0].axvline(at, color="black", linewidth=0.6)
                 axes[0, 0].text(at, axes[0, 0].get_ylim()[1], f"FAR {far:g}", rotation=90, va="top", ha="right", fontsize=7)
-        axes[0, 0].set(xlim=(float(middle[counts > 0][0]) - 0.05, 1), ylim=(0, None))
     draw_neighbours(cfg, plots / "neighbours.png", data, drawn, measured["trained"])
 
 
@@ -1965,26 +1965,10 @@ def report(cfg: Config, pattern: str) -> None:
         with picture(out / "curves.png", 1, 2) as axes:
             for style, (run, figures) in enumerate(zip(runs, metrics, strict=True)):
                 name = ", ".join(f"{key.split('.')[-1]}={s}" for key in varied[:3] if (s := rows[style][key])) or run.name
-                lines = read_log(run)
-                curve(
-                    axes[0, 0],
-                    [line["step"] for line in lines],
-                    [line["loss"] for line in lines],
-                    name,
-                    style,
-                    xlabel="step",
-                    ylabel="loss [nats]",
-                )
-                curve(
-                    axes[0, 1],
-                    range(1, 1 + len(figures.get("cmc", []))),
-                    figures.get("cmc", []),
-                    name,
-                    style,
-                    xlabel="rank",
-                    ylabel="share of probes found",
-                    ylim=(0, 1),
-                )
+                lines, cmc = read_log(run), figures.get("cmc", [])
+                steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+                curve(axes[0, 0], steps, losses, name, style, xlabel="step", ylabel="loss [nats]")
+                curve(axes[0, 1], range(1, 1 + len(cmc)), cmc, name, style, **CMC_AXES)
     log.info("%s: %d runs", out / "table.csv", len(runs))
 
 
