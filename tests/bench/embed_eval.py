@@ -1,11 +1,12 @@
 """embed, eval and split beside the bare work in them. About five minutes on two cores.
 
-    uv run python tests/bench/embed_eval.py [--probes 300000 --templates 27500] [--rows N] [--only 11 12 13]
+    uv run python tests/bench/embed_eval.py [--probes 300000 --templates 27500] [--rows N] [--only 11 12 13 whole]
 
 | # | what | goal |
 |---|---|---|
 | 11 | embed: parquet -> vectors in a file, beside the forward pass alone at the same batch size | at least 0.9 of it |
 | 12 | eval: search, comparison of all pairs and rates, beside FAISS's search alone | at most 1.2 times it; under 3 GB |
+|    | the command itself on files of vectors, with both references: seconds and peak memory (only with --only whole) | 3 GB |
 | 13 | split table of 1.6 million rows, beside reading the identity column alone | stated |
 |    | materialising train (written twice) and test shards, beside copying the same bytes to the disk | 0.35 and 0.7 of it |
 
@@ -14,10 +15,14 @@ real ones. Rates are images a second (11) or MB a second (13), eval is in second
 """
 
 import argparse
+import contextlib
 import dataclasses
 import io
+import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +30,7 @@ from pathlib import Path
 
 import faiss
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
@@ -104,6 +110,44 @@ def measure_eval(args: argparse.Namespace) -> None:
     print_row("12", "of that: moco.search", found["search"], "FAISS's search alone", found["faiss"])
     print_row("12", "of that: moco.compare, all pairs", found["compare"], "FAISS's search alone", found["faiss"])
     print_row("12", "peak memory of this process until here (MB)", [peak_mb()], "limit", [3000.0], "<= 1")
+
+
+def write_vectors(path: Path, vectors: np.ndarray, identity: np.ndarray) -> None:
+    """An embeddings file as embed writes it; pictures are named by their row."""
+    schema, note = (
+        None,
+        {"table": "bench", "split": None, "data": ["bench"], "flip": False, "trained_on": 0, "checkpoint": path.name},
+    )
+    with contextlib.ExitStack() as stack:
+        for start in range(0, len(vectors), dataio.CACHE_CHUNK):
+            here = identity[start : start + dataio.CACHE_CHUNK]
+            names = {"identity_id": here.astype(str), "image_filename": np.arange(start, start + len(here)).astype(str)}
+            rows = sniperface.embedding_table(pa.table(names), "file", vectors[start : start + len(here)])
+            if schema is None:
+                schema = dataio.with_metadata(rows.schema, note)
+                writer = stack.enter_context(pq.ParquetWriter(path, schema, compression="none", write_page_checksum=True))
+            writer.write_table(rows)
+
+
+def measure_whole_eval(args: argparse.Namespace, folder: Path) -> None:
+    """command=eval in a process of its own, all else as in conf/config.yaml; `args.eval` adds settings."""
+    vectors, identity = made_vectors(args.templates, args.probes)
+    for name, width in (("", 512), (".untrained", 512), (".pca", 128)):
+        part = vectors[:, :width]
+        write_vectors(folder / f"test_embeddings{name}.parquet", part / np.linalg.norm(part, axis=1, keepdims=True), identity)
+    del vectors
+    command = [sys.executable, __file__, "--apart", str(folder), "--eval", *args.eval]
+    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    what = f"command=eval {' '.join(args.eval)}, {args.probes} probes x {args.templates} templates"
+    print_row("12", f"{what} (s)", [told["seconds"]], "", [told["seconds"]])
+    print_row("12", f"{what}: peak memory (MB)", [told["peak_mb"]], "limit", [3000.0], "<= 1")
+
+
+def apart(folder: Path, overrides: list[str]) -> None:
+    """In the other process: evaluate and print what it took."""
+    cfg = settings("eval.embeddings=test_embeddings.parquet", f"split.out_dir={folder}/splits", *overrides)
+    seconds = seconds_of(lambda: sniperface.evaluate(cfg, folder))
+    print(json.dumps({"seconds": seconds, "peak_mb": peak_mb()}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,9 +259,13 @@ def main() -> None:
     parser.add_argument("--embed", type=int, help="pictures to embed; by default so many that a round takes seconds")
     parser.add_argument("--batch", type=int, default=256 if on_gpu else 64, help="of embed")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="*", help="parts to measure: 11 12 13")
+    parser.add_argument("--only", nargs="*", help="parts to measure: 11 12 13 whole")
+    parser.add_argument("--eval", nargs="*", default=[], help="settings of the whole command, such as eval.repeats=1")
+    parser.add_argument("--apart", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--cpu-time", action="store_true", help="count processor time, on one core: for a busy machine")
     args = parser.parse_args()
+    if args.apart:
+        return apart(args.apart, args.eval)
     if args.cpu_time:
         use_one_core()
         faiss.omp_set_num_threads(1)
@@ -229,6 +277,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="sniperface_bench_") as folder:
         if wanted("12"):
             measure_eval(args)
+        if args.only and "whole" in args.only:
+            measure_whole_eval(args, Path(folder))
         if wanted("11"):
             for name, rows in {"tiny": 1024, "iresnet50": 64}.items():
                 measure_embedding(name, args.embed or (20_480 if on_gpu else rows), args, Path(folder))

@@ -33,6 +33,7 @@ import pyarrow.parquet as pq
 from common import (
     alternate,
     digiface_codes,
+    keep_freed_memory,
     make_pictures,
     on_cores,
     peak_mb,
@@ -149,28 +150,30 @@ def measure_decoding(path: str, kind: str, args: argparse.Namespace) -> None:
     """Goals 1 and 2."""
     encoded = pq.ParquetFile(path).read_row_group(0, columns=["image_bytes"])["image_bytes"].to_pylist()[:256]
 
-    def ours(cores: int) -> Callable[[], float]:
-        """One stream for all rounds, its shuffle buffer full: what is new and cold at the start is hours away in training."""
-        with on_cores(cores):
-            batches = our_batches(dataio.ParquetImageStream(path), cores)
-            steady_rate(batches, 0, warm=8192 // BATCH, close=False)
-        return lambda: on_so_many(cores, lambda: steady_rate(batches, args.seconds, close=False))
-
     def bare(cores: int, decode: Callable = pillow) -> Callable[[], float]:
         return lambda: on_so_many(cores, lambda: steady_rate(bare_decoding(encoded, cores, decode), args.seconds, 1))
 
     def checked(data: bytes) -> np.ndarray:
         return dataio.decode_image(data, 112, 10**6)
 
-    contenders = {"bare": bare(1), "ours": ours(1), "checked": bare(1, checked)}
+    stream = dataio.ParquetImageStream(path)
+    contenders = {"bare": bare(1), "ours": open_stream(stream, 1, args), "checked": bare(1, checked)}
     if args.cores > 1:
-        contenders |= {"bare 2": bare(2), "ours 2": ours(2)}
+        contenders |= {"bare 2": bare(2), "ours 2": open_stream(dataio.ParquetImageStream(path), 2, args)}
     found = alternate(contenders, args.rounds)
     print_row("1", f"{kind} parquet -> uint8 batches, 1 core", found["ours"], "Pillow alone", found["bare"], ">= 0.9")
     print_row("1", f"{kind}, of that: dataio.decode_image alone", found["checked"], "Pillow alone", found["bare"])
     if args.cores > 1:
         scaling = [[b / a for a, b in zip(found[name], found[f"{name} 2"], strict=True)] for name in ("ours", "bare")]
         print_row("2", f"{kind}, what a second core gains (times)", scaling[0], "Pillow alone", scaling[1], ">= 0.95")
+
+
+def open_stream(stream: dataio.ParquetImageStream, cores: int, args: argparse.Namespace) -> Callable[[], float]:
+    """Its rate in one long pass, the shuffle buffer full from the start: what is new and cold at first is soon over in training."""
+    with on_cores(cores):
+        batches = our_batches(stream, cores)
+        steady_rate(batches, 0, warm=8192 // BATCH, close=False)
+    return lambda: on_so_many(cores, lambda: steady_rate(batches, args.seconds, close=False))
 
 
 def on_so_many(cores: int, measure: Callable[[], float]) -> float:
@@ -197,7 +200,7 @@ def measure_filter(path: str, codes: np.ndarray, index_path: str, args: argparse
     present = np.unique(codes)[: len(np.unique(codes)) * 3 // 4].astype(str).tolist()
     people = present + [name for name in allowed if int(name) > codes.max()][: 82_500 - len(present)]
     streams = [dataio.ParquetImageStream(path, allowed_identities=who) for who in (people, None)]
-    rates = [lambda s=s: on_so_many(1, lambda: steady_rate(our_batches(s, 1), args.seconds)) for s in streams]
+    rates = [open_stream(stream, 1, args) for stream in streams]
     found = alternate(dict(zip(("filter", "none"), rates, strict=True)), args.rounds)
     print_row(
         "4", "PNG parquet -> batches, 82,500 identities allowed, 1 core", found["filter"], "no filter", found["none"], ">= 0.98"
@@ -309,6 +312,7 @@ def main() -> None:
     args.cores = 1 if args.cpu_time else os.cpu_count() or 1
     if args.cpu_time:
         use_one_core()
+    keep_freed_memory(True)  # as sniperface does
     print_head()
 
     def wanted(part: str) -> bool:
