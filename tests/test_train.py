@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -379,6 +380,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_lists_its_pi
     for place, image in zip(told["pictures"], drawn["augment", 6], strict=True):
         row = pq.read_table(place["file"])["image_bytes"][place["row"]].as_py()
         assert np.array_equal(dataio.decode_image(row, 112, 10**6), image.permute(1, 2, 0))
+
+
+def test_averages_that_overflowed_in_a_skipped_step_of_fp16_stop_the_run(words, tmp_path):
+    training = sniperface.Training(settings(*words, "train.amp=fp16"), torch.device("cpu"))
+    mix = SimpleNamespace(places=lambda step: [])
+    sniperface.stop_if_not_finite(training, mix, tmp_path)
+    training.model.query.backbone.bn1.running_var[0] = torch.inf
+    training.step = 7
+    with pytest.raises(FloatingPointError, match="step 7 is not finite"):
+        sniperface.stop_if_not_finite(training, mix, tmp_path)
 
 
 HEALTHY = {"step": 9, "epoch": 2, "spread": 0.9, "pos_sim": 0.5, "neg_sim": 0.0, "monitor_loss": 3.0}
