@@ -997,12 +997,34 @@ def progress_bar(training: Training, schedule: dataio.Schedule) -> tqdm:
     return progress(total=schedule.total_steps * batch, initial=training.step * batch, desc="training", unit="image", smoothing=0.1)
 
 
+def train_step(training: Training, images: Tensor, key_momentum: float) -> tuple[moco.StepOutput, Tensor]:
+    """One step of the paper on uint8 [B, 3, S, S], each line of it a line; gives the loss and the like, and the gradient's norm."""
+    cfg, model, optimizer, scaler = training.cfg, training.model, training.optimizer, training.scaler
+    view_q, view_k = training.views(images, "augment", training.step)  # float [B, 3, S, S] in [-1, 1]
+    torch.manual_seed(draw_seed(cfg.seed, "dropout", training.step))
+    with training.autocast():
+        out = model(view_q, view_k, draw(cfg.seed, "shuffle", training.step))
+    scaler.scale(out.loss).backward()
+    scaler.unscale_(optimizer)
+    clip = cfg.train.clip_grad_norm or math.inf  # inf only measures
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.query.parameters(), clip)  # after backward
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    model.update_key_encoder(key_momentum)
+    model.enqueue(out.keys)  # after backward: the queue needs no copy
+    training.step += 1
+    if not scaler.is_enabled():  # the scaler of fp16 skips such a step and goes on
+        bad = ~(torch.isfinite(out.loss) & torch.isfinite(grad_norm)) & (training.first_bad_step < 0)
+        training.first_bad_step = torch.where(bad, training.step, training.first_bad_step)
+    return out, grad_norm
+
+
 def run_steps(
     training: Training, mix: dataio.CurriculumMixStream, schedule: dataio.Schedule, monitor: Monitor, last_step: int, folder: Path
 ) -> None:
-    """The training loop: each line is one step of the paper."""
-    cfg, model, optimizer, scaler = training.cfg, training.model.train(), training.optimizer, training.scaler
-    clip = cfg.train.clip_grad_norm or math.inf
+    """The training loop: draw, step, and at their times measure, log, save, stop."""
+    cfg, model = training.cfg, training.model.train()
     for encoder in (model.query, model.key) if cfg.train.compile else ():
         encoder.compile()  # in place: the names in the checkpoint stay
     timer, watch = Timer(cfg.train.batch_size), Watch()
@@ -1011,26 +1033,11 @@ def run_steps(
         open(folder / "train_log.jsonl", "a") as log_file, progress_bar(training, schedule) as bar, StopAsked() as stop,
     ):  # fmt: skip
         for step in range(training.step, last_step):
-            set_lr(optimizer, lr_at(step, schedule.total_steps, schedule.steps_per_epoch, cfg.train))
             momentum = moco.key_momentum_at(step / schedule.total_steps, cfg.moco.key_momentum, cfg.moco.key_momentum_schedule)
             with timer.waiting():
                 images = next(batches)  # uint8 [B, 3, 112, 112], on the device
-            view_q, view_k = training.views(images, "augment", step)  # float [B, 3, 112, 112] in [-1, 1]
-            torch.manual_seed(draw_seed(cfg.seed, "dropout", step))
-            with training.autocast():
-                out = model(view_q, view_k, draw(cfg.seed, "shuffle", step))
-            scaler.scale(out.loss).backward()
-            scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.query.parameters(), clip)  # after backward; inf only measures
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            model.update_key_encoder(momentum)
-            model.enqueue(out.keys)  # after backward: the queue needs no copy
-            if not scaler.is_enabled():  # the scaler of fp16 skips such a step and goes on
-                bad = ~(torch.isfinite(out.loss) & torch.isfinite(grad_norm)) & (training.first_bad_step < 0)
-                training.first_bad_step = torch.where(bad, step + 1, training.first_bad_step)
-            training.step = step + 1
+            set_lr(training.optimizer, lr_at(step, schedule.total_steps, schedule.steps_per_epoch, cfg.train))
+            out, grad_norm = train_step(training, images, momentum)
 
             bar.update(len(images))
             epoch, in_epoch = divmod(training.step, schedule.steps_per_epoch)
@@ -1050,12 +1057,8 @@ def run_steps(
                 log_file.write(json.dumps(entry) + "\n")
                 log_file.flush()
                 os.fsync(log_file.fileno())  # a checkpoint must not outlive the lines before it
-                told = {
-                    "loss": f"{entry['loss']:.3f}",
-                    "top1": f"{entry['instance_top1']:.2f}",
-                    "wait": f"{entry['data_wait']:.0%}",
-                }
-                bar.set_postfix(told, refresh=False)
+                told = f"loss={entry['loss']:.3f}, top1={entry['instance_top1']:.2f}, wait={entry['data_wait']:.0%}"
+                bar.set_postfix_str(told, refresh=False)
                 watch.judge(entry, training, step > cfg.train.warmup_epochs * schedule.steps_per_epoch)
             if in_epoch == 0 and (epoch % cfg.train.save_every_epochs == 0 or stopping):
                 training.monitor["best"] = min(training.monitor["best"], training.monitor["last"])  # of the epochs that are saved
