@@ -1448,8 +1448,7 @@ class Measured(NamedTuple):
     cmc: list[moco.Rate]  # [20]
     roc: dict[float, moco.Rate]  # TAR by FAR, as far as the impostors support it
     histogram: dict[str, np.ndarray]  # of genuine and impostor cosines, see `moco.histograms`
-    found: moco.Found | None
-    genuine: np.ndarray  # [P] cosine of each probe with its own template
+    found: moco.Found
     thresholds: dict[float, float | None]
 
 
@@ -1597,7 +1596,7 @@ def closed_set_ranks(data: Embeddings, cfg: EvalConfig, per_id: int, seed: int) 
     gallery = moco.build_gallery(data.vectors[drawn.enrolled], drawn.identity[drawn.enrolled], cfg.template)
     people = drawn.identity[drawn.probes]
     probes = moco.Chosen(data.vectors, drawn.probes)
-    return moco.search(probes, gallery.index(people), gallery, max(cfg.top_k)).rank, people
+    return moco.search(probes, gallery.index(people), gallery).rank, people
 
 
 def closed_set_rates(data: Embeddings, cfg: EvalConfig, per_id: int, seed: int) -> dict[str, moco.Rate]:
@@ -1606,29 +1605,25 @@ def closed_set_rates(data: Embeddings, cfg: EvalConfig, per_id: int, seed: int) 
     return moco.rates({f"rank{k}": rank <= k for k in {1, *cfg.top_k}}, people, cfg.seed, cfg.bootstrap)
 
 
-def measure(data: Embeddings, drawn: moco.Enrolment, cfg: EvalConfig, search: bool = True) -> Measured:
-    """Closed set and verification of one encoder: Rank-k, MRR, TAR at each FAR, AUC, EER, each with its interval.
-
-    Without `search` the ranks are those of the comparison with every template, which are the same, and no neighbours are found.
-    """
+def measure(data: Embeddings, drawn: moco.Enrolment, cfg: EvalConfig) -> Measured:
+    """Closed set and verification of one encoder: Rank-k, MRR, TAR at each FAR, AUC, EER, each with its interval."""
     gallery = moco.build_gallery(data.vectors[drawn.enrolled], drawn.identity[drawn.enrolled], cfg.template)
     probes, people = moco.Chosen(data.vectors, drawn.probes), drawn.identity[drawn.probes]
-    own, ks = gallery.index(people), sorted({*range(1, 21), *cfg.top_k})
-    found, compared = moco.search(probes, own, gallery, ks[-1]) if search else None, moco.compare(probes, own, gallery)
-    verified, thresholds = moco.verification(compared.genuine, compared.impostors, cfg.fars)
-    columns = moco.closed_set(found.rank if found else compared.rank, ks) | {"mrr": 1 / compared.rank} | verified
+    found = moco.search(probes, gallery.index(people), gallery, count=True)
+    verified, thresholds = moco.verification(found.genuine, found.impostors, cfg.fars)
+    columns = moco.closed_set(found.rank, sorted({*range(1, 21), *cfg.top_k})) | {"mrr": 1 / found.rank} | verified
     rates = moco.rates(columns, people, cfg.seed, cfg.bootstrap)
     shown = {name: rate for name, rate in rates.items() if not name.startswith("rank") or int(name[4:]) in {1, 5, 10, *cfg.top_k}}
     figures = figures_of(shown) | {
-        "cmc": [rates[f"rank{k}"].value for k in range(1, 21)], "impostor_pairs": int(compared.impostors.sum()),
+        "cmc": [rates[f"rank{k}"].value for k in range(1, 21)], "impostor_pairs": int(found.impostors.sum()),
         "thresholds": {f"far@{far:g}": at for far, at in thresholds.items() if at is not None},
         "refused": [f"tar@{far:g}" for far, at in thresholds.items() if at is None],
     }  # fmt: skip
-    points, _ = moco.verification(compared.genuine, compared.impostors, np.geomspace(1e-6, 1, 37).tolist())
+    points, _ = moco.verification(found.genuine, found.impostors, np.geomspace(1e-6, 1, 37).tolist())
     points = {float(name[4:]): column for name, column in points.items() if name.startswith("tar@")}
     roc = moco.rates(points, people, cfg.seed, cfg.bootstrap)
-    shape = moco.histograms(compared.genuine, compared.impostors)
-    return Measured(figures, [rates[f"rank{k}"] for k in range(1, 21)], roc, shape, found, compared.genuine, thresholds)
+    shape = moco.histograms(found.genuine, found.impostors)
+    return Measured(figures, [rates[f"rank{k}"] for k in range(1, 21)], roc, shape, found, thresholds)
 
 
 def per_source(data: Embeddings, drawn: moco.Enrolment, found: Measured, cfg: EvalConfig) -> dict[str, dict]:
@@ -1666,8 +1661,8 @@ def open_set_figures(data: Embeddings, cfg: EvalConfig) -> dict:
         return {}
     gallery = moco.build_gallery(data.vectors[drawn.enrolled], drawn.identity[drawn.enrolled], cfg.template)
     people, strangers = drawn.identity[drawn.probes], drawn.identity[drawn.unknown]
-    known = moco.search(moco.Chosen(data.vectors, drawn.probes), gallery.index(people), gallery, 1)
-    unknown = moco.search(moco.Chosen(data.vectors, drawn.unknown), np.full(len(strangers), -1), gallery, 1)
+    known = moco.search(moco.Chosen(data.vectors, drawn.probes), gallery.index(people), gallery)
+    unknown = moco.search(moco.Chosen(data.vectors, drawn.unknown), np.full(len(strangers), -1), gallery)
     columns, thresholds = moco.open_set(known, unknown, cfg.fpirs)
     identity = np.concatenate([people, strangers])
     rates = moco.rates(columns, identity, cfg.seed, cfg.bootstrap, trials=len(people)) if columns else {}
@@ -1768,7 +1763,7 @@ def draw_neighbours(cfg: Config, path: Path, data: Embeddings, drawn: moco.Enrol
     """Probes with their five nearest templates, each as its first enrolled picture: worst mistakes first, then some hits."""
     first = np.unique(drawn.identity[drawn.enrolled], return_index=True)[1]
     faces = drawn.enrolled[first] if cfg.eval.template == "centroid" else drawn.enrolled  # [R] one for each row of the gallery
-    margin = found.found.score[:, 0] - found.genuine  # by how much a wrong template won
+    margin = found.found.score[:, 0] - found.found.genuine  # by how much a wrong template won
     order = np.argsort(np.where(found.found.rank > 1, -margin, np.inf), kind="stable")
     wrong = int((found.found.rank > 1).sum())
     shown = np.concatenate([order[: min(6, wrong)], order[wrong : wrong + 2]])
@@ -1897,7 +1892,7 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
     measured, data = {"trained": ours}, data._replace(vectors=np.empty((0, 0)))  # the next ones are as large: one at a time
     for name in ("untrained", "pca"):
         if reference := read_reference(path, name, data):
-            measured[name] = measure(reference, drawn, cfg.eval, search=False)
+            measured[name] = measure(reference, drawn, cfg.eval)
             metrics[name] = measured[name].figures
     ranks = pa.table({"identity_id": data.names[drawn.probes], "picture": data.keys[drawn.probes], "rank": ours.found.rank})
     with write_whole(ranks_path(folder, cfg)) as temporary:

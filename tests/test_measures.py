@@ -133,17 +133,16 @@ def test_ranks_and_scores_agree_with_plain_numpy(template, block, monkeypatch):
     rank = (score >= true[:, None]).sum(axis=1)
     assert rank.max() > 1
     assert (rank == 1).any()
-    found, compared = m.search(probes, own, gallery, k=5), m.compare(probes, own, gallery)
+    found = m.search(probes, own, gallery, count=True)
     np.testing.assert_array_equal(own, own_plain)
-    np.testing.assert_array_equal(compared.rank, rank)
-    np.testing.assert_array_equal(found.rank, np.minimum(rank, 6))
-    np.testing.assert_allclose(compared.genuine, true, atol=1e-6)
+    np.testing.assert_array_equal(found.rank, rank)
+    np.testing.assert_allclose(found.genuine, true, atol=1e-6)
     np.testing.assert_array_equal(gallery.owner[found.row[:, 0]], score.argmax(axis=1))
     np.testing.assert_allclose(found.score[:, 0], score.max(axis=1), atol=1e-6)
     rest = np.delete(score.ravel(), np.arange(len(score)) * score.shape[1] + own_plain)
     edges = np.linspace(-1, 1, 33)
-    assert compared.impostors.sum() == rest.size
-    np.testing.assert_array_equal(compared.impostors.reshape(32, -1).sum(axis=1), np.histogram(rest, edges)[0])
+    assert found.impostors.sum() == rest.size
+    np.testing.assert_array_equal(found.impostors.reshape(32, -1).sum(axis=1), np.histogram(rest, edges)[0])
 
 
 def test_closed_set_columns_are_the_cmc():
@@ -156,27 +155,48 @@ def test_an_encoder_that_maps_all_faces_to_one_point_has_the_worst_rank():
     same = unit(np.tile(np.random.default_rng(0).standard_normal(512), (len(names), 1)))
     for template in ("centroid", "best"):
         gallery, probes, own, _ = gallery_and_probes(same, names, keys, template=template)
-        assert (m.search(probes, own, gallery, k=5).rank == 6).all()
-        assert (m.compare(probes, own, gallery).rank == 40).all()
+        assert (m.search(probes, own, gallery).rank == 40).all()
 
 
-def test_a_gallery_smaller_than_k_gives_full_ranks():
+@pytest.mark.parametrize("template", ["centroid", "best"])
+def test_neighbours_and_rank_1_are_those_of_an_index_of_faiss(template):
+    import faiss
+
+    vectors, names, keys = faces(identities=300, noise=1.5)
+    gallery, probes, own, _ = gallery_and_probes(vectors, names, keys, template=template)
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(gallery.vectors)
+    score, row = index.search(np.ascontiguousarray(probes[:]), m.NEIGHBOURS)
+    found = m.search(probes, own, gallery)
+    np.testing.assert_array_equal(found.row, row)
+    np.testing.assert_allclose(found.score, score, atol=1e-6)
+    np.testing.assert_array_equal(found.rank == 1, gallery.owner[row[:, 0]] == own)
+    assert 0 < (found.rank == 1).mean() < 1
+    assert found.impostors is None
+
+
+def test_a_small_gallery_shows_all_its_rows():
     vectors, names, keys = faces(identities=4, images=(5, 8), noise=4)
-    for template in ("centroid", "best"):
+    for template, shown in (("centroid", 4), ("best", m.NEIGHBOURS)):
         gallery, probes, own, _ = gallery_and_probes(vectors, names, keys, template=template)
-        found = m.search(probes, own, gallery, k=20)
+        found = m.search(probes, own, gallery)
+        assert found.row.shape == found.score.shape == (len(probes), shown)
         assert found.row.min() >= 0
-        assert found.row.shape[1] == min(m.NEIGHBOURS, len(gallery.vectors))
-        np.testing.assert_array_equal(found.rank, m.compare(probes, own, gallery).rank)
+        assert found.rank.max() <= 4
 
 
-def test_unknown_people_have_no_rank_and_cannot_be_compared():
+def test_unknown_people_are_found_at_no_rank_and_all_their_pairs_are_impostors():
     vectors, names, keys = faces()
     gallery, probes, own, _ = gallery_and_probes(vectors, names, keys)
     assert gallery.index(np.array([-5, 9999])).tolist() == [-1, -1]
-    assert (m.search(probes, np.full_like(own, -1), gallery, k=40).rank == 41).all()
-    with pytest.raises(ValueError, match="have no template"):
-        m.compare(probes, np.full_like(own, -1), gallery)
+    found = m.search(probes, np.full_like(own, -1), gallery, count=True)
+    assert (found.rank == 41).all()
+    assert (found.genuine == -np.inf).all()
+    assert found.impostors.sum() == len(probes) * 40
+    half = m.search(probes, np.where(np.arange(len(own)) % 2, own, -1), gallery, count=True)
+    known = m.search(probes, own, gallery, count=True)
+    np.testing.assert_array_equal(half.rank, np.where(np.arange(len(own)) % 2, known.rank, 41))
+    np.testing.assert_array_equal(half.impostors - known.impostors, m.count_scores(known.genuine[::2]))
 
 
 @pytest.mark.parametrize("change", ["permuted", "scaled"])
@@ -191,10 +211,8 @@ def test_order_of_the_rows_and_length_of_the_vectors_change_no_figure(change):
 
     def figures(vectors, names, keys):
         gallery, probes, own, drawn = gallery_and_probes(vectors, names, keys)
-        compared = m.compare(probes, own, gallery)
-        columns = (
-            m.closed_set(compared.rank) | {"mrr": 1 / compared.rank} | m.verification(compared.genuine, compared.impostors, FARS)[0]
-        )
+        found = m.search(probes, own, gallery, count=True)
+        columns = m.closed_set(found.rank) | {"mrr": 1 / found.rank} | m.verification(found.genuine, found.impostors, FARS)[0]
         found = m.rates(columns, drawn.identity[drawn.probes], seed=1, draws=50)
         order = np.lexsort((keys, names))
         space = m.geometry(vectors, drawn.identity, order, seed=1, sample=50)
@@ -206,12 +224,8 @@ def test_order_of_the_rows_and_length_of_the_vectors_change_no_figure(change):
 def test_perfect_embeddings_give_one():
     vectors, names, keys = faces(noise=0.001)
     gallery, probes, own, drawn = gallery_and_probes(vectors, names, keys)
-    compared = m.compare(probes, own, gallery)
-    columns = (
-        m.closed_set(compared.rank)
-        | {"mrr": 1 / compared.rank}
-        | m.verification(compared.genuine, compared.impostors, [1e-1, 1e-2])[0]
-    )
+    found = m.search(probes, own, gallery, count=True)
+    columns = m.closed_set(found.rank) | {"mrr": 1 / found.rank} | m.verification(found.genuine, found.impostors, [1e-1, 1e-2])[0]
     assert columns.pop("eer").mean() == 0
     found = m.rates(columns, drawn.identity[drawn.probes], seed=0)
     assert [rate.value for rate in found.values()] == [1.0] * len(found)
@@ -226,11 +240,9 @@ def test_random_embeddings_give_chance_within_the_interval(monkeypatch):
     for seed in range(40):
         vectors, names, keys = faces(identities=50, images=(30, 30), noise=1e6, seed=seed)
         gallery, probes, own, drawn = gallery_and_probes(vectors, names, keys)
-        compared = m.compare(probes, own, gallery)
+        found = m.search(probes, own, gallery, count=True)
         columns = (
-            m.closed_set(compared.rank)
-            | {"mrr": 1 / compared.rank}
-            | m.verification(compared.genuine, compared.impostors, [1e-1, 1e-2])[0]
+            m.closed_set(found.rank) | {"mrr": 1 / found.rank} | m.verification(found.genuine, found.impostors, [1e-1, 1e-2])[0]
         )
         found = m.rates(columns, drawn.identity[drawn.probes], seed, draws=80)
         for name, value in chance.items():
@@ -301,18 +313,22 @@ def test_the_histograms_hold_all_pairs():
     np.testing.assert_array_equal(drawn["genuine"], np.histogram(genuine, drawn["edge"])[0])
 
 
+def searched(rank, score):
+    """A search's result of which only ranks [N] and scores [N, 1] matter."""
+    return m.Found(rank, score[:, 0], np.zeros(score.shape, np.int32), score)
+
+
 def test_where_everybody_is_an_alarm_tpir_is_rank_1():
     rank, score = np.array([1, 1, 2, 3, 1, 2]), np.linspace(0.2, 0.7, 6, dtype=np.float32)[:, None]
-    nobody = np.zeros((40, 1), np.int32)
-    unknown = m.Found(nobody[:, 0], nobody, np.linspace(0, 1, 40, dtype=np.float32)[:, None])
-    columns, _ = m.open_set(m.Found(rank, nobody[:6], score), unknown, [1.0])
+    unknown = searched(np.zeros(40, int), np.linspace(0, 1, 40, dtype=np.float32)[:, None])
+    columns, _ = m.open_set(searched(rank, score), unknown, [1.0])
     assert columns["tpir@1"].mean() == pytest.approx(0.5)
 
 
 def test_unknown_probes_do_not_narrow_the_interval_of_a_tpir_of_one():
     score = np.full((200, 1), 0.9, np.float32)
-    known = m.Found(np.ones(200, int), np.zeros((200, 1), np.int32), score)  # 5 people, all found
-    unknown = m.Found(np.zeros(200, int), np.zeros((200, 1), np.int32), np.linspace(-0.5, 0.5, 200, dtype=np.float32)[:, None])
+    known = searched(np.ones(200, int), score)  # 5 people, all found
+    unknown = searched(np.zeros(200, int), np.linspace(-0.5, 0.5, 200, dtype=np.float32)[:, None])
     columns, _ = m.open_set(known, unknown, [0.1])
     people = np.concatenate([np.repeat(np.arange(5), 40), np.repeat(np.arange(5, 45), 5)])
     found = m.rates(columns, people, 0, trials=200)["tpir@0.1"]
@@ -325,8 +341,7 @@ def open_set_case(generator, known=400, unknown=200):
     """Search results of drawn scores: a third of the known probes finds somebody else."""
     rank = np.where(generator.random(known) < 1 / 3, 2, 1)
     known_score, unknown_score = generator.normal(0.5, 0.1, (known, 1)), generator.normal(0.3, 0.1, (unknown, 1))
-    nobody = np.zeros((unknown, 1), np.int32)
-    return (m.Found(rank, nobody, known_score.astype(np.float32)), m.Found(nobody[:, 0], nobody, unknown_score.astype(np.float32)))
+    return searched(rank, known_score.astype(np.float32)), searched(np.zeros(unknown, int), unknown_score.astype(np.float32))
 
 
 def test_tpir_agrees_with_plain_numpy_and_refuses_too_few_unknown_probes():
