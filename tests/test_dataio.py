@@ -1560,17 +1560,16 @@ def test_a_disk_without_room_is_refused_and_leaves_nothing(job, monkeypatch):
 
 def test_a_bucket_that_lost_rows_is_refused(job, monkeypatch):
     args, _ = job
-    written = dataio.write_shard
+    scatter = dataio.scatter_rows
 
-    def cut_the_next_bucket(path, tables, note):
-        written(path, tables, note)
-        for bucket in path.parent.glob("buckets/*.arrow"):
-            with pa.ipc.open_stream(bucket) as reader:
-                first = next(iter(reader))
-            with pa.ipc.new_stream(bucket, first.schema) as writer:
-                writer.write_batch(first.slice(0, 1))
+    def scatter_and_cut(index, columns, shard_of, folder, bar):
+        scatter(index, columns, shard_of, folder, bar)
+        with pa.ipc.open_stream(folder / "00001.arrow") as reader:
+            first = next(iter(reader))
+        with pa.ipc.new_stream(folder / "00001.arrow", first.schema) as writer:
+            writer.write_batch(first.slice(0, 1))
 
-    monkeypatch.setattr(dataio, "write_shard", cut_the_next_bucket)
+    monkeypatch.setattr(dataio, "scatter_rows", scatter_and_cut)
     with pytest.raises(ValueError, match=r"00001.arrow: holds 1 of \d+ rows; delete"):
         dataio.materialize_split(*args, "train")
     assert not args[2].exists()
