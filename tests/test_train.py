@@ -91,6 +91,25 @@ def test_twenty_steps_of_each_faster_path_have_the_losses_of_the_plain_one(words
     assert losses[1] == pytest.approx(losses[0], rel=tolerance, abs=0)
 
 
+@pytest.mark.parametrize(
+    ("cpu", "bf16_instructions", "amx", "picked"),
+    [
+        ("Intel Xeon", True, False, torch.float32),
+        ("Intel Xeon", True, True, torch.bfloat16),
+        ("Intel Xeon", False, False, torch.float32),
+        ("AMD EPYC", True, False, torch.bfloat16),
+        ("AMD EPYC", False, False, torch.float32),
+        (None, True, False, torch.bfloat16),
+    ],
+)
+def test_the_precision_of_a_cpu_is_bf16_only_where_that_is_faster(monkeypatch, cpu, bf16_instructions, amx, picked):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": cpu} if cpu else {})
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16_instructions)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert sniperface.pick_precision("auto", torch.device("cpu")) is picked
+    assert sniperface.pick_precision("bf16", torch.device("cpu")) is torch.bfloat16
+
+
 def test_every_step_changes_the_weights_and_the_log_says_what_a_user_needs(words, tmp_path):
     train(words, tmp_path)
     lines = log_of(tmp_path)
