@@ -1177,19 +1177,17 @@ def draw_strengths(cfg: AugmentConfig, count: int, generator: torch.Generator) -
     With cfg.pick = n, just n of the operations with p > 0 (doing nothing is one more) apply to an image, as in RandAugment.
     """
     ops = {name: op for name, op in vars(cfg).items() if isinstance(op, Op)}
-    chance = torch.tensor([op.p for op in ops.values()])[:, None]  # [ops, 1]
+    chance, low, high = torch.tensor([[op.p, op.low, op.high] for op in ops.values()]).T[:, :, None]  # [ops, 1] each
+    neutral = torch.tensor([NEUTRAL.get(name, 0.0) for name in ops])[:, None]
     gate = torch.rand(len(ops), count, generator=generator)
     applies = gate < chance
     if cfg.pick:
         scores = torch.cat([gate.masked_fill(chance == 0, -1), torch.rand(1, count, generator=generator)])
         applies = (scores >= scores.topk(min(cfg.pick, len(scores)), dim=0).values[-1])[:-1] & (chance > 0)
     even = torch.rand(len(ops), count, generator=generator)
-    strengths = {}
-    for row, (name, op) in enumerate(ops.items()):
-        drawn = op.low + (op.high - op.low) * even[row]
-        strengths[name] = torch.where(applies[row], drawn, torch.tensor(NEUTRAL.get(name, 0.0)))
-    strengths["flip"] = (torch.rand(count, generator=generator) < cfg.flip).float()
-    return strengths
+    strengths = torch.where(applies, low + (high - low) * even, neutral)
+    flip = (torch.rand(count, generator=generator) < cfg.flip).float()
+    return dict(zip(ops, strengths, strict=True)) | {"flip": flip}
 
 
 def geometry(s: dict[str, Tensor], corners: Tensor) -> Tensor:
@@ -1234,24 +1232,35 @@ def colour_matrix(s: dict[str, Tensor]) -> Tensor:
     return torch.cat([gain * (hue @ (saturation * torch.eye(3) + (1 - saturation) * luma)), offset], dim=2)
 
 
+def filter_axes(x: Tensor, maps: Tensor) -> Tensor:
+    """Filter the columns and the rows of images [n, C, S, S] by matrices [n, S, S]. A filter's matrix is what it makes of the identity."""
+    rows = torch.bmm(x.flatten(1, 2), maps.transpose(1, 2)).view_as(x)
+    return maps[:, None] @ rows
+
+
+@functools.cache
+def low_resolution_maps(size: int, device: torch.device) -> Tensor:
+    """[size + 1, size, size]: matrix k shrinks an axis of `size` pixels to k of them and back; bilinear, without aliasing."""
+    identity, maps = torch.eye(size)[None, None], torch.zeros(size + 1, size, size)
+    for k in range(1, size + 1):
+        small = F.interpolate(identity, (k, size), mode="bilinear", antialias=True)
+        maps[k] = F.interpolate(small, (size, size), mode="bilinear")
+    return maps.to(device)
+
+
 def to_low_resolution(x: Tensor, side: Tensor) -> Tensor:
-    """Shrink to a share `side` [n] of the size, in steps of an eighth, and back."""
-    out, eighths = torch.empty_like(x), (8 * side).round().clamp(1, 8).int().tolist()
-    for step in set(eighths):
-        rows = torch.tensor([i for i, e in enumerate(eighths) if e == step], device=x.device)
-        small = F.interpolate(x[rows], scale_factor=step / 8, mode="bilinear", antialias=True)
-        out[rows] = F.interpolate(small, size=x.shape[-2:], mode="bilinear")
-    return out
+    """Shrink to a share `side` [n] of the size, in whole pixels, and back. 2.3 times as fast as two `interpolate` for each size."""
+    size = x.shape[-1]
+    kept = (size * side).round().clamp(1, size).long()
+    return filter_axes(x, low_resolution_maps(size, x.device)[kept.to(x.device, non_blocking=True)])
 
 
 def blur(x: Tensor, sigma_px: Tensor) -> Tensor:
-    """Gaussian blur with a sigma [n] per image, separable, as one grouped convolution."""
-    n, c, h, w = x.shape
+    """Gaussian blur with a sigma [n] per image; outside, the picture is mirrored."""
     reach = torch.arange(-6, 7)
     kernel = torch.softmax(-0.5 * (reach / sigma_px[:, None].clamp(min=0.1)) ** 2, dim=1)  # [n, 13]
-    kernel = kernel.to(x.device, x.dtype).repeat_interleave(c, dim=0)[:, None, :, None]  # [n*c, 1, 13, 1]
-    flat = F.pad(x.reshape(1, n * c, h, w), (6, 6, 6, 6), mode="reflect")
-    return F.conv2d(F.conv2d(flat, kernel, groups=n * c), kernel.transpose(2, 3), groups=n * c).view(n, c, h, w)
+    identity = F.pad(torch.eye(x.shape[-1], device=x.device)[None, None], (0, 0, 6, 6), mode="reflect")
+    return filter_axes(x, F.conv2d(identity, kernel.to(x.device, non_blocking=True)[:, None, :, None])[0])
 
 
 def per_image(values: Tensor, x: Tensor) -> Tensor:
@@ -1332,23 +1341,30 @@ def augment(images: Tensor, cfg: AugmentConfig, generator: torch.Generator) -> T
     n, device = len(images), images.device
     s = draw_strengths(cfg, n, generator)
     corners = (torch.rand(n, 2, 4, generator=generator) * 2 - 1) * 2 * s["warp"].view(n, 1, 1)
-    maps, colours = geometry(s, corners).to(device, non_blocking=True), colour_matrix(s).to(device, non_blocking=True)
-    noise = torch.Generator(device).manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+    maps, colours = geometry(s, corners), colour_matrix(s)
+    colours = torch.cat([colours[:, :, :3] / 127.5, colours[:, :, 3:] - colours[:, :, :3].sum(2, keepdim=True)], 2)  # of bytes
+    maps, colours = maps.to(device, non_blocking=True), colours.to(device, non_blocking=True)
+    picture, source = images[0].numel() if n else 0, torch.Generator(device)
+    source.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+    strip = torch.randn(4 * picture, generator=source, device=device)  # an image takes a part of it: 1.1 x of noise for each
+    starts = torch.randint(3 * picture + 1, (n,), generator=generator)
     places = torch.rand(n, 6, generator=generator)  # of what is erased
 
-    def add_noise(x: Tensor, sigma: Tensor) -> Tensor:
-        return x + per_image(sigma, x) * torch.randn(x.shape, generator=noise, device=device)
+    def add_noise(x: Tensor, sigma: Tensor, start: Tensor) -> Tensor:
+        noise = strip.unfold(0, picture, 1)[start.to(device, non_blocking=True)]
+        return torch.addcmul(x, per_image(sigma, x), noise.view_as(x))
 
-    at_once = 8 * torch.get_num_threads() if device.type == "cpu" else n  # few enough to stay in the cache: 1.35 x
-    x = torch.empty(images.shape, device=device)
+    at_once = 32 * torch.get_num_threads() if device.type == "cpu" else n  # few enough to stay in the cache: 1.35 x
+    views = torch.empty(images.shape, device=device, memory_format=torch.channels_last)
     for part in (slice(start, start + at_once) for start in range(0, n, at_once or 1)):
-        seen, colour = resample(to_float(images[part]), maps[part]), colours[part]
-        torch.baddbmm(colour[:, :, 3:], colour[:, :, :3], seen.flatten(2), out=x[part].flatten(2))
-    for name, function in FILTERS.items():
-        x = on_rows(x, s[name], function)
-    x = on_rows(x, s["noise"], add_noise)
-    x = on_rows(x, s["erase"], erase, places)
-    return x.clamp_(-1, 1).contiguous(memory_format=torch.channels_last)
+        seen, colour = resample(images[part].float(), maps[part]), colours[part]
+        x = torch.baddbmm(colour[:, :, 3:], colour[:, :, :3], seen.flatten(2)).view_as(seen)
+        for name, function in FILTERS.items():
+            x = on_rows(x, s[name][part], function)
+        x = on_rows(x, s["noise"][part], add_noise, starts[part])
+        x = on_rows(x, s["erase"][part], erase, places[part])
+        views[part] = x.clamp_(-1, 1)
+    return views
 
 
 def two_views(images: Tensor, cfg: AugmentConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
