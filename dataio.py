@@ -1233,7 +1233,7 @@ def colour_matrix(s: dict[str, Tensor]) -> Tensor:
 
 
 def filter_axes(x: Tensor, maps: Tensor) -> Tensor:
-    """Filter the columns and the rows of images [n, C, S, S] by matrices [n, S, S]. A filter's matrix is what it makes of the identity."""
+    """Filter columns and rows of images [n, C, S, S] by matrices [n, S, S]: a filter's matrix is what it makes of the identity."""
     rows = torch.bmm(x.flatten(1, 2), maps.transpose(1, 2)).view_as(x)
     return maps[:, None] @ rows
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import threading
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import dataio
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: they are too small to share among cores
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores Ctrl-C, and so would what tests start
 
 TEXT, BINARY = pa.string(), pa.binary()
 SIDE = 16  # of the numbered pictures
