@@ -1168,6 +1168,7 @@ class AugmentConfig:
     erase: Op
 
 
+BLUR_REACH = 6  # pixels: more than three times the largest sigma of conf/augment
 NEUTRAL = {"zoom": 1.0, "aspect": 1.0, "brightness": 1.0, "contrast": 1.0, "saturation": 1.0}  # the others: 0
 
 
@@ -1210,10 +1211,9 @@ def resample(images: Tensor, maps: Tensor) -> Tensor:
     """Pictures [n, 3, S, S] seen through `geometry` maps [n, 2, 4], bilinear; outside, the picture is mirrored."""
     size = images.shape[-1]
     axis = (torch.arange(size, device=images.device) * 2 + 1) / size - 1  # centres of the pixels
-    # of (1, x, y, xy): what depends on y alone, and what x multiplies; 1.3 times as fast as one product with the basis
-    start, slope = (maps[:, :, i, None, None] + maps[:, :, i + 2, None, None] * axis[:, None] for i in (0, 1))  # [n, 2, S, 1]
-    grid = torch.addcmul(start, slope, axis).permute(0, 2, 3, 1)  # [n, S, S, 2]
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    powers = torch.stack([torch.ones_like(axis), axis])  # (1, x) or (1, y): their products are the basis
+    grid = powers.T @ maps.view(-1, 2, 2, 2) @ powers  # [n, 2, S, S]
+    return F.grid_sample(images, grid.permute(0, 2, 3, 1), mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
 def colour_matrix(s: dict[str, Tensor]) -> Tensor:
@@ -1232,12 +1232,6 @@ def colour_matrix(s: dict[str, Tensor]) -> Tensor:
     return torch.cat([gain * (hue @ (saturation * torch.eye(3) + (1 - saturation) * luma)), offset], dim=2)
 
 
-def filter_axes(x: Tensor, maps: Tensor) -> Tensor:
-    """Filter columns and rows of images [n, C, S, S] by matrices [n, S, S]: a filter's matrix is what it makes of the identity."""
-    rows = torch.bmm(x.flatten(1, 2), maps.transpose(1, 2)).view_as(x)
-    return maps[:, None] @ rows
-
-
 @functools.cache
 def low_resolution_maps(size: int, device: torch.device) -> Tensor:
     """[size + 1, size, size]: matrix k shrinks an axis of `size` pixels to k of them and back; bilinear, without aliasing."""
@@ -1248,19 +1242,30 @@ def low_resolution_maps(size: int, device: torch.device) -> Tensor:
     return maps.to(device)
 
 
-def to_low_resolution(x: Tensor, side: Tensor) -> Tensor:
-    """Shrink to a share `side` [n] of the size, in whole pixels, and back. 2.3 times as fast as two `interpolate` for each size."""
-    size = x.shape[-1]
-    kept = (size * side).round().clamp(1, size).long()
-    return filter_axes(x, low_resolution_maps(size, x.device)[kept.to(x.device, non_blocking=True)])
+@functools.cache
+def shift_maps(size: int, device: torch.device) -> Tensor:
+    """[2 * BLUR_REACH + 1, size, size]: matrix k shifts an axis by k - BLUR_REACH pixels; outside, the picture is mirrored."""
+    mirrored = F.pad(torch.eye(size, device=device)[None], (0, 0, BLUR_REACH, BLUR_REACH), mode="reflect")[0]
+    return mirrored.unfold(0, size, 1).transpose(1, 2).contiguous()
 
 
 def blur(x: Tensor, sigma_px: Tensor) -> Tensor:
-    """Gaussian blur with a sigma [n] per image; outside, the picture is mirrored."""
-    reach = torch.arange(-6, 7)
-    kernel = torch.softmax(-0.5 * (reach / sigma_px[:, None].clamp(min=0.1)) ** 2, dim=1)  # [n, 13]
-    identity = F.pad(torch.eye(x.shape[-1], device=x.device)[None, None], (0, 0, 6, 6), mode="reflect")
-    return filter_axes(x, F.conv2d(identity, kernel.to(x.device, non_blocking=True)[:, None, :, None])[0])
+    """Gaussian blur of the rows of [n, S, S] with a sigma [n] each."""
+    shift = torch.arange(-BLUR_REACH, BLUR_REACH + 1)
+    kernel = torch.softmax(-0.5 * (shift / sigma_px[:, None]) ** 2, dim=1).to(x.device, non_blocking=True)  # [n, 13]
+    return torch.bmm(torch.tensordot(kernel, shift_maps(x.shape[-1], x.device), 1), x)
+
+
+def soften(x: Tensor, _: Tensor, side: Tensor, sigma_px: Tensor) -> Tensor:
+    """Shrink to a share `side` [n] of the size, in whole pixels, and back; then blur by a Gaussian. A strength of 0 does nothing.
+
+    Both are one matrix for each image, which filters the columns and then the rows: 2.5 times as fast as one after the other.
+    """
+    n, channels, size, _ = x.shape
+    kept = torch.where(side > 0, (size * side).round().clamp(1, size), size).long()
+    maps = on_rows(low_resolution_maps(size, x.device)[kept.to(x.device, non_blocking=True)], sigma_px, blur)
+    x = torch.bmm(maps, x.flatten(1, 2).transpose(1, 2))  # [n, S, 3 S], the rows of the channels last
+    return torch.bmm(maps, x.view(n, size * channels, size).transpose(1, 2)).view(n, size, size, channels).permute(0, 3, 1, 2)
 
 
 def per_image(values: Tensor, x: Tensor) -> Tensor:
@@ -1302,20 +1307,21 @@ def equalise(x: Tensor, _: Tensor) -> Tensor:
     return torch.where(others[..., None] > 0, table.gather(2, levels).view_as(x), x)
 
 
-FILTERS = {
-    "low_resolution": to_low_resolution, "blur": blur, "sharpness": sharpen, "posterise": posterise, "solarise": solarise,
-    "autocontrast": autocontrast, "equalise": equalise,
-}  # fmt: skip
+FILTERS = {"sharpness": sharpen, "posterise": posterise, "solarise": solarise, "autocontrast": autocontrast, "equalise": equalise}
 
 
 def erase(x: Tensor, area: Tensor, u: Tensor) -> Tensor:
     """Paint a rectangle of a share `area` [n] of the picture in a random colour, anywhere; `u` [n, 6] in 0..1 says which."""
-    size, u = x.shape[-1], u.to(x.device)
-    area, ratio = area.to(x.device), torch.exp((u[:, 0] * 2 - 1) * math.log(2))
+    ratio = torch.exp((u[:, 0] * 2 - 1) * math.log(2))
     half_w, half_h = (area * ratio).sqrt() / 2, (area / ratio).sqrt() / 2  # shares of the side
-    axis = (torch.arange(size, device=x.device) + 0.5) / size
+    axis = (torch.arange(x.shape[-1]) + 0.5) / x.shape[-1]
     column, row = ((axis - u[:, i, None]).abs() < half[:, None] for i, half in ((1, half_w), (2, half_h)))  # [n, S] each
-    return torch.where((row[:, :, None] & column[:, None, :])[:, None], (u[:, 3:] * 2 - 1)[:, :, None, None], x)
+    image, line = row.nonzero(as_tuple=True)  # only the lines that it crosses: 2.3 times as fast as whole pictures
+    inside, colour = column[image, :, None], (u[image, None, 3:] * 2 - 1)
+    image, line, inside, colour = (t.to(x.device, non_blocking=True) for t in (image, line, inside, colour))
+    lines = x.permute(0, 2, 3, 1)
+    lines[image, line] = torch.where(inside, colour, lines[image, line])
+    return x
 
 
 def on_rows(x: Tensor, strength: Tensor, function: Callable[..., Tensor], *drawn: Tensor) -> Tensor:
@@ -1348,23 +1354,23 @@ def augment(images: Tensor, cfg: AugmentConfig, generator: torch.Generator) -> T
     source.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
     strip = torch.randn(4 * picture, generator=source, device=device)  # an image takes a part of it: 1.1 x of noise for each
     starts = torch.randint(3 * picture + 1, (n,), generator=generator)
-    places = torch.rand(n, 6, generator=generator)  # of what is erased
 
     def add_noise(x: Tensor, sigma: Tensor, start: Tensor) -> Tensor:
         noise = strip.unfold(0, picture, 1)[start.to(device, non_blocking=True)]
         return torch.addcmul(x, per_image(sigma, x), noise.view_as(x))
 
-    at_once = 32 * torch.get_num_threads() if device.type == "cpu" else n  # few enough to stay in the cache: 1.35 x
+    at_once = 16 * torch.get_num_threads() if device.type == "cpu" else n  # few enough to stay in the cache: 1.2 x
     views = torch.empty(images.shape, device=device, memory_format=torch.channels_last)
     for part in (slice(start, start + at_once) for start in range(0, n, at_once or 1)):
         seen, colour = resample(images[part].float(), maps[part]), colours[part]
         x = torch.baddbmm(colour[:, :, 3:], colour[:, :, :3], seen.flatten(2)).view_as(seen)
+        side, sigma_px = s["low_resolution"][part], s["blur"][part]
+        x = on_rows(x, side + sigma_px, soften, side, sigma_px)
         for name, function in FILTERS.items():
             x = on_rows(x, s[name][part], function)
         x = on_rows(x, s["noise"][part], add_noise, starts[part])
-        x = on_rows(x, s["erase"][part], erase, places[part])
         views[part] = x.clamp_(-1, 1)
-    return views
+    return erase(views, s["erase"], torch.rand(n, 6, generator=generator))
 
 
 def two_views(images: Tensor, cfg: AugmentConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
