@@ -1601,7 +1601,7 @@ def test_shards_of_a_source_in_ten_thousand_pieces_are_read_back_whole():
         )
         for n in (3, 1, 7, 5)
     ]
-    runs = [pa.concat_tables(run) for run in dataio.cut(tables, [4, 2, 0, 10]) if run]
+    runs = [pa.concat_tables(run) for run in map(list, dataio.cut(tables, [4, 2, 0, 10])) if run]
     assert [len(run) for run in runs] == [4, 2, 10]
     assert pa.concat_tables(runs).equals(pa.concat_tables(tables))
 
