@@ -1279,7 +1279,8 @@ def blur(x: Tensor, sigma_px: Tensor) -> Tensor:
 def soften(x: Tensor, _: Tensor, side: Tensor, sigma_px: Tensor) -> Tensor:
     """Shrink to a share `side` [n] of the size, in whole pixels, and back; then blur by a Gaussian. A strength of 0 does nothing.
 
-    Both are one matrix for each image, which filters the columns and then the rows: 2.5 times as fast as one after the other.
+    Both are one matrix for each image, for its rows and its columns: 2.3 times as fast as `interpolate` for each size, and 1.2
+    times as one after the other.
     """
     n, channels, size, _ = x.shape
     kept = torch.where(side > 0, (size * side).round().clamp(1, size), size).long()
@@ -1337,7 +1338,7 @@ def erase(x: Tensor, area: Tensor, u: Tensor) -> Tensor:
     axis = (torch.arange(x.shape[-1]) + 0.5) / x.shape[-1]
     column, row = ((axis - u[:, i, None]).abs() < half[:, None] for i, half in ((1, half_w), (2, half_h)))  # [n, S] each
     image, line = row.nonzero(as_tuple=True)  # only the lines that it crosses: 2.3 times as fast as whole pictures
-    inside, colour = column[image, :, None], (u[image, None, 3:] * 2 - 1)
+    inside, colour = column[image, :, None], u[image, None, 3:] * 2 - 1
     image, line, inside, colour = (t.to(x.device, non_blocking=True) for t in (image, line, inside, colour))
     lines = x.permute(0, 2, 3, 1)
     lines[image, line] = torch.where(inside, colour, lines[image, line])
