@@ -27,7 +27,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -547,7 +547,7 @@ def scatter_rows(index: RowIndex, columns: Columns, shard_of: np.ndarray, folder
     count, done = int(shard_of.max()) + 1, 0
     with naming_output(folder), ExitStack() as stack:
         writers = [stack.enter_context(pa.ipc.new_stream(str(folder / f"{shard:05d}.arrow"), schema)) for shard in range(count)]
-        for table in in_background(read_rows(index, columns), 4):
+        for table in stack.enter_context(closing(in_background(read_rows(index, columns), 4))):
             numbers = np.arange(done, done + len(table))
             table, shards = table.append_column("number", pa.array(numbers)), shard_of[numbers]
             for shard in np.unique(shards).tolist():
@@ -618,16 +618,15 @@ def write_side(index: RowIndex, columns: Columns, out_dir: Path, names: list[str
             done = (part / names[shard]).exists()
             return [] if done else [sorted_bucket(buckets / f"{shard:05d}.arrow", order, lengths[shard])]
 
-        if shuffled:
-            shards = in_background(map(sort_shard, range(len(names))), 1)
-        else:
-            a_shard = SHARD_BYTES * rows // max(1, size_bytes * ROW_GROUP_ROWS)  # in tables of that many rows at most
-            shards = cut(in_background(read_rows(index, columns), 1 + a_shard), lengths)
-        for name, length, tables in zip(names, lengths, shards, strict=True):
-            if not (part / name).exists():
-                write_shard(part / name, tables, note)
-            deque(tables, maxlen=0)  # in order: what is there already is skipped by reading
-            bar.update(length)
+        # what is written next is made meanwhile, about a shard of bytes ahead: shuffled 1.45 x, in order 1.2 x
+        count = min(1 + SHARD_BYTES * rows // max(1, size_bytes * ROW_GROUP_ROWS), len(index.units) + rows // ROW_GROUP_ROWS)
+        made = in_background(map(sort_shard, range(len(names))), 1) if shuffled else in_background(read_rows(index, columns), count)
+        with closing(made):
+            for name, length, tables in zip(names, lengths, made if shuffled else cut(made, lengths), strict=True):
+                if not (part / name).exists():
+                    write_shard(part / name, tables, note)
+                deque(tables, maxlen=0)  # in order: what is there already is skipped by reading
+                bar.update(length)
     shutil.rmtree(buckets, ignore_errors=True)
     marker.unlink()
     shutil.rmtree(out_dir, ignore_errors=True)
@@ -1252,14 +1251,11 @@ def colour_matrix(s: dict[str, Tensor]) -> Tensor:
     return torch.cat([gain * (hue @ (saturation * torch.eye(3) + (1 - saturation) * luma)), offset], dim=2)
 
 
-@functools.cache
-def low_resolution_maps(size: int, device: torch.device) -> Tensor:
-    """[size + 1, size, size]: matrix k shrinks an axis of `size` pixels to k of them and back; bilinear, without aliasing."""
-    identity, maps = torch.eye(size)[None, None], torch.zeros(size + 1, size, size)
-    for k in range(1, size + 1):
-        small = F.interpolate(identity, (k, size), mode="bilinear", antialias=True)
-        maps[k] = F.interpolate(small, (size, size), mode="bilinear")
-    return maps.to(device)
+@functools.lru_cache(256)
+def low_resolution_map(kept: int, size: int, device: torch.device) -> Tensor:
+    """[size, size]: shrinks an axis of `size` pixels to `kept` of them and back; bilinear, without aliasing."""
+    small = F.interpolate(torch.eye(size)[None, None], (kept, size), mode="bilinear", antialias=True)
+    return F.interpolate(small, (size, size), mode="bilinear")[0, 0].to(device)
 
 
 @functools.cache
@@ -1276,21 +1272,21 @@ def blur(x: Tensor, sigma_px: Tensor) -> Tensor:
     return torch.bmm(torch.tensordot(kernel, shift_maps(x.shape[-1], x.device), 1), x)
 
 
-def soften(x: Tensor, _: Tensor, side: Tensor, sigma_px: Tensor) -> Tensor:
+def soften(x: Tensor, _applies: Tensor, side: Tensor, sigma_px: Tensor) -> Tensor:
     """Shrink to a share `side` [n] of the size, in whole pixels, and back; then blur by a Gaussian. A strength of 0 does nothing.
 
     Both are one matrix for each image, for its rows and its columns: 2.3 times as fast as `interpolate` for each size, and 1.2
     times as one after the other.
     """
     n, channels, size, _ = x.shape
-    kept = torch.where(side > 0, (size * side).round().clamp(1, size), size).long()
-    maps = on_rows(low_resolution_maps(size, x.device)[kept.to(x.device, non_blocking=True)], sigma_px, blur)
+    kept = torch.where(side > 0, (size * side).round().clamp(1, size), size).long().tolist()
+    maps = on_rows(torch.stack([low_resolution_map(k, size, x.device) for k in kept]), sigma_px, blur)
     x = torch.bmm(maps, x.flatten(1, 2).transpose(1, 2))  # [n, S, 3 S], the rows of the channels last
     return torch.bmm(maps, x.view(n, size * channels, size).transpose(1, 2)).view(n, size, size, channels).permute(0, 3, 1, 2)
 
 
 def per_image(values: Tensor, x: Tensor) -> Tensor:
-    return values.to(x.device, x.dtype).view(-1, 1, 1, 1)
+    return values.to(x.device, x.dtype, non_blocking=True).view(-1, 1, 1, 1)
 
 
 def sharpen(x: Tensor, factor: Tensor) -> Tensor:
@@ -1332,16 +1328,18 @@ FILTERS = {"sharpness": sharpen, "posterise": posterise, "solarise": solarise, "
 
 
 def erase(x: Tensor, area: Tensor, u: Tensor) -> Tensor:
-    """Paint a rectangle of a share `area` [n] of the picture in a random colour, anywhere; `u` [n, 6] in 0..1 says which."""
+    """Paint into x [n, 3, S, S] a rectangle of a share `area` [n] of each picture, in a random colour, anywhere; 0 paints nothing.
+
+    `u` [n, 6] in 0..1 says where and in which colour; it and `area` are on the CPU.
+    """
     ratio = torch.exp((u[:, 0] * 2 - 1) * math.log(2))
     half_w, half_h = (area * ratio).sqrt() / 2, (area / ratio).sqrt() / 2  # shares of the side
     axis = (torch.arange(x.shape[-1]) + 0.5) / x.shape[-1]
     column, row = ((axis - u[:, i, None]).abs() < half[:, None] for i, half in ((1, half_w), (2, half_h)))  # [n, S] each
     image, line = row.nonzero(as_tuple=True)  # only the lines that it crosses: 2.3 times as fast as whole pictures
-    inside, colour = column[image, :, None], u[image, None, 3:] * 2 - 1
-    image, line, inside, colour = (t.to(x.device, non_blocking=True) for t in (image, line, inside, colour))
+    image, line, column, colour = (t.to(x.device, non_blocking=True) for t in (image, line, column, u[:, 3:] * 2 - 1))
     lines = x.permute(0, 2, 3, 1)
-    lines[image, line] = torch.where(inside, colour, lines[image, line])
+    lines[image, line] = torch.where(column[image, :, None], colour[image, None], lines[image, line])
     return x
 
 
@@ -1373,7 +1371,8 @@ def augment(images: Tensor, cfg: AugmentConfig, generator: torch.Generator) -> T
     maps, colours = maps.to(device, non_blocking=True), colours.to(device, non_blocking=True)
     picture, source = images[0].numel() if n else 0, torch.Generator(device)
     source.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
-    strip = torch.randn(4 * picture, generator=source, device=device)  # an image takes a part of it: 1.1 x of noise for each
+    strip = torch.randn(4 * picture, generator=source, device=device)
+    # of the strip each noisy image takes a picture's length, anywhere, so some of a batch share parts: 1.1 x of noise for each
     starts = torch.randint(3 * picture + 1, (n,), generator=generator)
 
     def add_noise(x: Tensor, sigma: Tensor, start: Tensor) -> Tensor:
@@ -1386,7 +1385,7 @@ def augment(images: Tensor, cfg: AugmentConfig, generator: torch.Generator) -> T
         seen, colour = resample(images[part].float(), maps[part]), colours[part]
         x = torch.baddbmm(colour[:, :, 3:], colour[:, :, :3], seen.flatten(2)).view_as(seen)
         side, sigma_px = s["low_resolution"][part], s["blur"][part]
-        x = on_rows(x, side + sigma_px, soften, side, sigma_px)
+        x = on_rows(x, (side > 0) | (sigma_px > 0), soften, side, sigma_px)
         for name, function in FILTERS.items():
             x = on_rows(x, s[name][part], function)
         x = on_rows(x, s["noise"][part], add_noise, starts[part])

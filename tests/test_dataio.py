@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TV
 from conftest import SIDE, encode, number_of, numbered_picture, numbered_rows, without_hanging, write_rows
 from PIL import Image
@@ -1507,6 +1508,42 @@ def test_a_crash_while_writing_shards_keeps_the_finished_ones(job, tmp_path, mon
     assert [p.read_bytes() for p in shards] == whole
 
 
+@pytest.mark.parametrize("side", ["train", "test"])
+def test_a_full_disk_stops_the_reading_at_once(job, monkeypatch, side):
+    args, _ = job
+    threads = threading.active_count()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(dataio, "write_shard", full)
+    with pytest.raises(OSError, match="No space") as error:
+        dataio.materialize_split(*args, side)
+    assert threading.active_count() == threads, error
+
+
+def test_what_is_made_in_the_background_comes_in_order_and_no_further_ahead_than_asked():
+    made, threads = [], threading.active_count()
+
+    def items():
+        for i in range(20):
+            made.append(i)
+            yield i
+        raise ValueError("the end is broken")
+
+    some = dataio.in_background(items(), 3)
+    for i in range(10):
+        assert next(some) == i
+        assert len(made) <= i + 1 + 3
+    some.close()
+    assert threading.active_count() == threads
+    assert len(made) < 20
+    with pytest.raises(ValueError, match="the end is broken"):
+        list(dataio.in_background(items(), 3))
+    assert made[-20:] == list(range(20))
+    assert threading.active_count() == threads
+
+
 def test_a_crash_while_the_buckets_are_removed_is_survived(job, monkeypatch):
     args, splits = job
     original = shutil.rmtree
@@ -1925,6 +1962,31 @@ def test_low_resolution_keeps_plain_areas_and_takes_detail(portraits):
     assert detail[0] > detail[1] > detail[2] > 0.001
 
 
+@pytest.mark.parametrize("side", [0.3, 0.47, 0.9])
+def test_low_resolution_is_what_interpolation_to_whole_pixels_and_back_gives(portraits, side):
+    small = F.interpolate(dataio.to_float(portraits), (round(112 * side),) * 2, mode="bilinear", antialias=True)
+    wanted = F.interpolate(small, (112, 112), mode="bilinear")
+    assert torch.allclose(view(portraits, low_resolution=side), wanted, atol=1e-4)
+
+
+def test_softening_is_low_resolution_and_then_blur_for_those_images_that_have_them(portraits):
+    x, none = dataio.to_float(portraits), torch.zeros(8)
+    side, sigma = torch.tensor([0, 0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]), torch.tensor([0, 1.5, 0, 1.2, 0, 0.8, 2.0, 0])
+    both = dataio.soften(x, none, side, sigma)
+    assert torch.equal(both[0], x[0])
+    assert torch.allclose(both, dataio.soften(dataio.soften(x, none, side, none), none, none, sigma), atol=1e-5)
+    assert not torch.allclose(both, dataio.soften(dataio.soften(x, none, none, sigma), none, side, none), atol=1e-3)
+
+
+def test_views_do_not_depend_on_how_many_are_made_at_once(portraits, monkeypatch):
+    pictures, found = portraits.repeat(5, 1, 1, 1), []
+    for threads in (1, 2, 100):  # 16, 32 and all 40 at once
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(view(pictures, p=0.5, flip=0.5, **EVERY_OP))
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[2])
+
+
 def test_noise_has_the_spread_that_was_asked_for():
     grey = torch.full((4, 3, 64, 64), 128, dtype=torch.uint8)
     x = view(grey, noise=0.1)
@@ -1945,6 +2007,9 @@ def test_erasing_paints_one_rectangle_of_one_colour_and_about_the_area_asked_for
         rows, columns = mask.any(1), mask.any(0)
         assert torch.equal(mask, rows[:, None] & columns[None])
         assert (one[:, mask].std(dim=1) < 1e-5).all()
+    some = view(grey[:40], p=0.5, erase=area)
+    untouched = (some == dataio.to_float(grey[:40])).flatten(1).all(1)
+    assert 8 < untouched.sum() < 32
     colours_seen = {tuple(one[:, mask][:, 0].tolist()) for one, mask in zip(x, painted, strict=True) if mask.any()}
     assert len(colours_seen) > 250
 

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
+from conftest import without_hanging
 
-import moco as m  # becomes: import moco as m
+import moco as m
 
 FARS = [1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
 
@@ -143,6 +145,24 @@ def test_ranks_and_scores_agree_with_plain_numpy(template, block, monkeypatch):
     edges = np.linspace(-1, 1, 33)
     assert found.impostors.sum() == rest.size
     np.testing.assert_array_equal(found.impostors.reshape(32, -1).sum(axis=1), np.histogram(rest, edges)[0])
+
+
+def test_search_gives_the_same_on_any_number_of_threads_and_leaves_torch_as_it_was(monkeypatch):
+    monkeypatch.setattr(m, "BLOCK", 500)
+    gallery, probes, own, _ = gallery_and_probes(*faces(noise=1.5))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(m.search(probes, own, gallery, count=True))
+            assert torch.get_num_threads() == threads
+        monkeypatch.setattr(m, "count_scores", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            without_hanging(lambda: m.search(probes, own, gallery, count=True))
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_closed_set_columns_are_the_cmc():

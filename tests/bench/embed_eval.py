@@ -254,7 +254,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--probes", type=int, default=20_000)
     parser.add_argument("--templates", type=int, default=5_000)
-    parser.add_argument("--rows", type=int, default=20_000, help="pictures to materialise")
+    parser.add_argument("--rows", type=int, default=80_000, help="pictures to materialise")
     parser.add_argument("--embed", type=int, help="pictures to embed; by default so many that a round takes seconds")
     parser.add_argument("--batch", type=int, default=256 if on_gpu else 64, help="of embed")
     parser.add_argument("--rounds", type=int, default=5)
