@@ -1,4 +1,4 @@
-"""embed, eval and split beside the bare work in them. About five minutes on two cores.
+"""embed, eval and split beside the bare work in them. About three minutes on two cores.
 
     uv run python tests/bench/embed_eval.py [--probes 300000 --templates 27500] [--rows N] [--only 11 12 13 whole]
 
