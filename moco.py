@@ -34,7 +34,7 @@ TIE = 1e-6  # cosines closer than this are equal: a float32 sum of 512 terms kno
 GRID = 2**20  # cosines are counted in steps of 1 / GRID = 9.5e-7, as fine as a TIE; the table then stays in the cache, 2 x
 NEIGHBOURS = 5  # nearest rows that are kept of each probe
 BLOCK = 2**22  # scores that a thread holds at once: 16 MiB of float32, as large as its table of counts
-SEARCHERS = 32  # threads at most
+SEARCHERS = 32  # threads that search at most: 1 GiB of blocks and tables
 MIN_ERRORS = 10  # a rate of false matches is quoted from at least so many: standard error a third of it, at best
 Z95 = 1.959964  # two-sided 95 % of the normal distribution
 
