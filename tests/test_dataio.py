@@ -1725,6 +1725,13 @@ def test_two_views_of_a_picture_are_drawn_apart(portraits):
     assert ((one - other).abs().mean(dim=(1, 2, 3)) > 0.01).all()
 
 
+def test_each_row_of_both_views_is_of_the_picture_of_that_row():
+    shades = (torch.arange(64, dtype=torch.uint8) * 4).view(-1, 1, 1, 1).expand(-1, 3, 16, 16)
+    options = recipe(p=0.5, flip=0.5, **{op: EVERY_OP[op] for op in ("low_resolution", "blur", "rotate", "warp")})
+    for one in dataio.two_views(shades, options, generator()):
+        assert torch.equal(to_bytes(one), shades)
+
+
 @pytest.mark.parametrize("op", [name for name in OPS if EVERY_OP[name][0] != EVERY_OP[name][1]])
 def test_each_image_has_its_own_draw_of_each_operation(portraits, op):
     same = portraits[:1].expand(12, -1, -1, -1)
@@ -1973,15 +1980,38 @@ def test_low_resolution_is_what_interpolation_to_whole_pixels_and_back_gives(por
 def test_softening_is_low_resolution_and_then_blur_for_those_images_that_have_them(portraits):
     x, none = dataio.to_float(portraits), torch.zeros(8)
     side, sigma = torch.tensor([0, 0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]), torch.tensor([0, 1.5, 0, 1.2, 0, 0.8, 2.0, 0])
-    both = dataio.soften(x, none, side, sigma)
+    both = dataio.soften(x, side, sigma)
     assert torch.equal(both[0], x[0])
-    assert torch.allclose(both, dataio.soften(dataio.soften(x, none, side, none), none, none, sigma), atol=1e-5)
-    assert not torch.allclose(both, dataio.soften(dataio.soften(x, none, none, sigma), none, side, none), atol=1e-3)
+    assert torch.allclose(both, dataio.soften(dataio.soften(x, side, none), none, sigma), atol=1e-5)
+    assert not torch.allclose(both, dataio.soften(dataio.soften(x, none, sigma), side, none), atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [16, 17, 64, 112])
+def test_a_banded_product_is_the_whole_product(size):
+    sides, sigmas = torch.tensor([0.1, 0.2, 0.33, 0.6, 0.95]), torch.tensor([0.5, 0.0, 1.8, 2.5, 0.0])
+    x = torch.rand(5, size, 7, generator=generator())
+    for side, sigma in itertools.product(sides, sigmas):  # the bands as `soften` has them
+        kept = max(1, round(size * side.item()))
+        maps = dataio.low_resolution_map(kept, size, x.device).expand(5, -1, -1)
+        maps = torch.bmm(dataio.blur_maps(sigma.expand(5), size, x.device), maps)
+        reach = math.ceil(2 * size / kept) + (dataio.BLUR_REACH if sigma else 0)
+        assert torch.allclose(dataio.banded_product(maps, x, reach), maps @ x, atol=1e-6)
+
+
+def test_what_lies_outside_of_the_picture_is_mirrored(portraits):
+    maps = torch.zeros(8, 2, 4)
+    maps[:, 0, 1] = maps[:, 1, 2] = 1.3  # x and y of the view, a third wider than the picture
+    maps[:, :, 0] = torch.linspace(-1.6, 1.6, 16).view(8, 2)
+    axis = (torch.arange(112) * 2 + 1) / 112 - 1
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    grid = 1.3 * torch.stack([x, y], dim=-1) + maps[:, None, None, :, 0]
+    wanted = F.grid_sample(dataio.to_float(portraits), grid, padding_mode="reflection", align_corners=False)
+    assert torch.allclose(dataio.resample(dataio.to_float(portraits), maps), wanted, atol=1e-4)
 
 
 def test_views_do_not_depend_on_how_many_are_made_at_once(portraits, monkeypatch):
     pictures, found = portraits.repeat(5, 1, 1, 1), []
-    for threads in (1, 2, 100):  # 16, 32 and all 40 at once
+    for threads in (1, 2, 100):  # 8, 16 and all at once of those that are softened alike
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         found.append(view(pictures, p=0.5, flip=0.5, **EVERY_OP))
     assert torch.equal(found[0], found[2])
