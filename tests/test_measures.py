@@ -125,9 +125,10 @@ def test_a_template_without_direction_or_of_unknown_kind_is_refused():
 
 
 @pytest.mark.parametrize("template", ["centroid", "best"])
-@pytest.mark.parametrize("block", [50, 2**24])
-def test_ranks_and_scores_agree_with_plain_numpy(template, block, monkeypatch):
-    monkeypatch.setattr(m, "BLOCK", block)
+@pytest.mark.parametrize("tile", [(1, 1), (7, 9), (512, 1024)])
+def test_ranks_and_scores_agree_with_plain_numpy(template, tile, monkeypatch):
+    monkeypatch.setattr(m, "PROBES", tile[0])
+    monkeypatch.setattr(m, "TILE", tile[1])
     vectors, names, keys = faces(noise=1.5)
     gallery, probes, own, drawn = gallery_and_probes(vectors, names, keys, template=template)
     score, own_plain = plain_scores(vectors, drawn, template)
@@ -148,7 +149,7 @@ def test_ranks_and_scores_agree_with_plain_numpy(template, block, monkeypatch):
 
 
 def test_search_gives_the_same_on_any_number_of_threads_and_leaves_torch_as_it_was(monkeypatch):
-    monkeypatch.setattr(m, "BLOCK", 500)
+    monkeypatch.setattr(m, "PROBES", 12)
     gallery, probes, own, _ = gallery_and_probes(*faces(noise=1.5))
     before, found = torch.get_num_threads(), []
     try:
