@@ -46,6 +46,7 @@ from tqdm import tqdm
 log = logging.getLogger("sniperface")
 ROW_GROUP_ROWS = 500  # of the files we write: small enough to mix many at a time, large enough to read fast
 SHARD_BYTES = 256 << 20  # of a materialised train shard, which is shuffled in memory
+WRITERS = 3  # shards that are written at a time, each in memory, so that cores are busy while one waits for the disk: 1.14 x
 LANES = 8  # places of the files that are read side by side; fixed, so that the order never depends on the machine
 PREFETCH = 4  # batches that are decoded ahead
 READ_AHEAD = 1024  # images whose row groups are requested before they are due
@@ -487,11 +488,13 @@ def repeats_in_queue(codes: np.ndarray, queue_size: int) -> float:
 SHARD_SCHEMA = pa.schema([("identity_id", pa.string()), ("image_filename", pa.string()), ("image_bytes", pa.binary())])
 
 
-def read_rows(index: RowIndex, columns: Columns) -> Iterator[pa.Table]:
-    """The allowed rows, a row group at a time, with the contract's names: identity, filename, image bytes as they are."""
-    names = [columns.identity, columns.filename, columns.image]
-    for unit, (number, group) in enumerate(index.units.tolist()):
-        wanted, offset, parquet = index.row[index.starts[unit] : index.starts[unit + 1]], 0, open_indexed(index, number)
+def read_rows(index: RowIndex, columns: Columns, start: int = 0, stop: int | None = None) -> Iterator[pa.Table]:
+    """Rows start..stop-1 of the index, a row group at a time, by the contract's names; image bytes as they are."""
+    names, stop = [columns.identity, columns.filename, columns.image], len(index.unit) if stop is None else stop
+    for unit in range(index.unit[start], index.unit[stop - 1] + 1):
+        wanted = index.row[max(start, index.starts[unit]) : min(stop, index.starts[unit + 1])]
+        (number, group), offset = index.units[unit].tolist(), 0
+        parquet = open_indexed(index, number)
         with naming(index.paths[number]):
             for batch in parquet.iter_batches(ROW_GROUP_ROWS, row_groups=[group], columns=names, use_threads=False):
                 inside = wanted[(wanted >= offset) & (wanted < offset + len(batch))] - offset
@@ -607,27 +610,28 @@ def write_side(index: RowIndex, columns: Columns, out_dir: Path, names: list[str
             temporary.write_text(json.dumps(note))
     order = np.random.default_rng(draw_seed(0, "materialize", rows)).permutation(rows) if shuffled else np.arange(rows)
     shard_of = order * len(names) // rows
-    lengths = np.bincount(shard_of).tolist()
+    edges = np.bincount(shard_of).cumsum().tolist()  # rows in the shards until the end of each
+
+    def write(shard: int) -> int:
+        path, start, stop = part / names[shard], edges[shard - 1] if shard else 0, edges[shard]
+        if not path.exists() and shuffled:
+            write_shard(path, [sorted_bucket(buckets / f"{shard:05d}.arrow", order, stop - start)], note)
+        elif not path.exists():
+            with closing(in_background(read_rows(index, columns, start, stop), 4)) as tables:
+                write_shard(path, tables, note)
+        return stop - start
+
     with progress(total=rows * (1 + shuffled), desc=f"{note['split']}/{out_dir.name}", unit="image") as bar:
         if shuffled and not buckets.exists() and not all((part / name).exists() for name in names):
             shutil.rmtree(part / "dealing", ignore_errors=True)
             scatter_rows(index, columns, shard_of, part / "dealing", bar)
             os.replace(part / "dealing", buckets)
-
-        def sort_shard(shard: int) -> list[pa.Table]:
-            done = (part / names[shard]).exists()
-            return [] if done else [sorted_bucket(buckets / f"{shard:05d}.arrow", order, lengths[shard])]
-
-        # what is written next is made meanwhile, about a shard of bytes ahead: shuffled 1.45 x, in order 1.2 x
-        count = min(1 + SHARD_BYTES * rows // max(1, size_bytes * ROW_GROUP_ROWS), len(index.units) + rows // ROW_GROUP_ROWS)
-        made = in_background(map(sort_shard, range(len(names))), 1) if shuffled else in_background(read_rows(index, columns), count)
-        shards = made if shuffled else cut(made, lengths)
-        with closing(made):
-            for name, length, tables in zip(names, lengths, shards, strict=True):
-                if not (part / name).exists():
-                    write_shard(part / name, tables, note)
-                deque(tables, maxlen=0)  # in order: what is there already is skipped by reading
-                bar.update(length)
+        with ThreadPoolExecutor(WRITERS) as pool:
+            try:
+                for written in pool.map(write, range(len(names))):
+                    bar.update(written)
+            finally:
+                pool.shutdown(cancel_futures=True)
     shutil.rmtree(buckets, ignore_errors=True)
     marker.unlink()
     shutil.rmtree(out_dir, ignore_errors=True)

@@ -1486,12 +1486,13 @@ def test_a_crash_while_dealing_leaves_nothing_and_the_next_call_ends_well(job, m
 def test_a_crash_while_writing_shards_keeps_the_finished_ones(job, tmp_path, monkeypatch, side):
     args, _ = job
     whole = [p.read_bytes() for p in dataio.materialize_split(args[0], args[1], tmp_path / "other/digiface", side)]
-    original, written = dataio.write_shard, []
+    original, written, lock = dataio.write_shard, [], threading.Lock()
 
     def stops(path, *rest):
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        written.append(path.name)
+        with lock:  # several are written at a time
+            if len(written) == 2:
+                raise KeyboardInterrupt
+            written.append(path.name)
         original(path, *rest)
 
     with monkeypatch.context() as patch:
