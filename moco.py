@@ -33,7 +33,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 EMBEDDING_DIM = 512
 TIE = 1e-6  # cosines closer than this are equal: a float32 sum of 512 terms knows no better
-GRID = 2**18  # cosines are counted in steps of 1 / GRID = 3.8e-6: finer than any interval, and the table stays in the cache, 1.6 x
+GRID = 2**17  # cosines are counted in steps of 1 / GRID = 7.6e-6: finer than any interval, and the table stays in the cache, 1.4 x
 NEIGHBOURS = 5  # nearest rows that are kept of each probe
 PROBES, TILE = 512, 1024  # probes and rows of the gallery that are scored in one product: large ones miss the cache, 0.65 x
 MIN_ERRORS = 10  # a rate of false matches is quoted from at least so many: standard error a third of it, at best
@@ -563,20 +563,17 @@ class Found(NamedTuple):
     impostors: np.ndarray | None = None  # [2 GRID] how many of all other pairs lie in each step of 1 / GRID from -1, if counted
 
 
-def step_of(score: np.ndarray) -> np.ndarray:
-    """The step of the grid in which a cosine lies, int32 in [0, 2 GRID)."""
-    step = score + np.float32(1)  # and on in place: 1.8 x
-    step *= np.float32(GRID)
-    return np.clip(step, 0, 2 * GRID - 1, out=step).astype(np.int32)
+def step_of(score: np.ndarray, overwrite: bool = False) -> np.ndarray:
+    """The step of the grid in which each cosine lies, int32 in [0, 2 GRID); with `overwrite` written over float32 cosines: 2.2 x."""
+    cosine = torch.from_numpy(score) if overwrite else torch.tensor(score, dtype=torch.float32)
+    torch.add(torch.tensor(float(GRID)), cosine, alpha=GRID, out=cosine).clamp_(0, 2 * GRID - 1)
+    return cosine.view(torch.int32).copy_(cosine).numpy()
 
 
-def count_scores(score: np.ndarray, into: np.ndarray | None = None) -> np.ndarray:
-    """Add cosines of any shape to a table of counts [2 GRID], by default an empty one. Other threads can run meanwhile."""
-    into = np.zeros(2 * GRID, np.int64) if into is None else into
-    counts, one = torch.from_numpy(into), torch.ones(1, dtype=torch.int64)
-    for part in _parts(score.reshape(-1), 2**16):  # small enough to stay in the cache
-        counts.index_add_(0, torch.from_numpy(step_of(part)), one.expand(len(part)))
-    return into
+def count_scores(score: np.ndarray, overwrite: bool = False) -> np.ndarray:
+    """How many cosines of any shape lie in each step of the grid, [2 GRID]; `overwrite` as of `step_of`."""
+    step = torch.from_numpy(step_of(score, overwrite)).view(-1)
+    return torch.bincount(step, minlength=2 * GRID).numpy()  # numpy's takes 1.3 times as long, adding to a table twice
 
 
 def cut_tiles(gallery: Gallery) -> list[tuple[slice, slice]]:
@@ -634,7 +631,7 @@ def search(probes: np.ndarray | Chosen, own: np.ndarray, gallery: Gallery, count
             known = np.flatnonzero((its >= templates.start) & (its < templates.stop))
             genuine[start + known] = score[known, its[known] - templates.start]
             if count:
-                count_scores(score, mine.counts)
+                mine.counts += count_scores(score, overwrite=True)
         heap.finalize()
         rank[here], row[here], nearest[here] = above, heap.I, heap.D
 

@@ -157,7 +157,7 @@ def test_search_gives_the_same_on_any_number_of_threads_and_leaves_torch_as_it_w
             torch.set_num_threads(threads)
             found.append(m.search(probes, own, gallery, count=True))
             assert torch.get_num_threads() == threads
-        monkeypatch.setattr(m, "count_scores", lambda *_: 1 / 0)
+        monkeypatch.setattr(m, "count_scores", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             without_hanging(lambda: m.search(probes, own, gallery, count=True))
     finally:

@@ -38,6 +38,7 @@ from common import (
     ROOT,
     alternate,
     digiface_codes,
+    keep_freed_memory,
     make_pictures,
     peak_mb,
     print_head,
@@ -268,6 +269,7 @@ def main() -> None:
     if args.cpu_time:
         use_one_core()
         faiss.omp_set_num_threads(1)
+    keep_freed_memory(True)  # as sniperface does
     print_head()
 
     def wanted(part: str) -> bool:
