@@ -564,7 +564,7 @@ class Found(NamedTuple):
 
 
 def step_of(score: np.ndarray, overwrite: bool = False) -> np.ndarray:
-    """The step of the grid in which each cosine lies, int32 in [0, 2 GRID); with `overwrite` written over float32 cosines: 2.2 x."""
+    """The step of the grid in which each cosine lies, int32 in [0, 2 GRID); `overwrite`: over float32 cosines, 2.2 x."""
     cosine = torch.from_numpy(score) if overwrite else torch.tensor(score, dtype=torch.float32)
     torch.add(torch.tensor(float(GRID)), cosine, alpha=GRID, out=cosine).clamp_(0, 2 * GRID - 1)
     return cosine.view(torch.int32).copy_(cosine).numpy()
