@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 EMBEDDING_DIM = 512
-TIE = 1e-6  # cosines closer than this are equal: a float32 sum of 512 terms knows no better
+TIE = 1e-6  # cosines closer than this are equal: that far apart come the products of equal rows, in float32
 GRID = 2**17  # cosines are counted in steps of 1 / GRID = 7.6e-6: finer than any interval, and the table stays in the cache, 1.4 x
 NEIGHBOURS = 5  # nearest rows that are kept of each probe
 PROBES, TILE = 512, 1024  # probes and rows of the gallery that are scored in one product: large ones miss the cache, 0.65 x
@@ -528,7 +528,9 @@ def build_gallery(vectors: np.ndarray, identity: np.ndarray, template: str = "ce
     code, start, owner = np.unique(identity, return_index=True, return_inverse=True)
     if template == "best":
         return Gallery(np.ascontiguousarray(vectors, np.float32), code, start, owner)
-    mean = np.add.reduceat(vectors, start, axis=0, dtype=np.float64)  # [G, D]
+    mean = np.zeros((len(code), vectors.shape[1]))
+    for rows in _parts(np.arange(len(vectors))):
+        torch.from_numpy(mean).index_add_(0, torch.from_numpy(owner[rows]), torch.from_numpy(vectors[rows].astype(np.float64)))
     length = np.linalg.norm(mean, axis=1, keepdims=True)
     _refuse(length[:, 0] < TIE, "gallery", "are centroids without a direction (images cancel out)", "use eval.template=best")
     return Gallery((mean / length).astype(np.float32), code, np.arange(len(code)), np.arange(len(code)))
@@ -549,7 +551,7 @@ class Chosen:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, part: slice) -> np.ndarray:
+    def __getitem__(self, part: slice | np.ndarray) -> np.ndarray:
         return self.vectors[self.rows[part]]
 
 
@@ -583,18 +585,8 @@ def cut_tiles(gallery: Gallery) -> list[tuple[slice, slice]]:
     return list(zip(itertools.starmap(slice, pairwise(templates)), itertools.starmap(slice, pairwise(rows)), strict=True))
 
 
-def own_score(probes: np.ndarray, own: np.ndarray, gallery: Gallery) -> np.ndarray:
-    """Cosine of each probe [N, D] with its own template, -inf where `own` [N] is -1."""
-    score, images = np.full(len(probes), -np.inf, np.float32), np.diff(gallery.start, append=len(gallery.vectors))
-    for n in range(images.max()):
-        has = np.flatnonzero((own >= 0) & (images[own] > n))
-        with_one = np.einsum("nd,nd->n", probes[has], gallery.vectors[gallery.start[own[has]] + n])
-        score[has] = np.maximum(score[has], with_one)
-    return score
-
-
 def search(probes: np.ndarray | Chosen, own: np.ndarray, gallery: Gallery, count: bool = False) -> Found:
-    """Every probe against every template, a tile of PROBES x TILE at a time: 8e9 pairs in the memory of one tile a thread.
+    """Every probe against every template, a tile of PROBES x TILE at a time: 8e9 pairs in some megabytes a thread.
 
     probes: unit rows [N, D]; own: template of each [N], -1 for an unknown person; count: whether to count the impostors' cosines.
     No score is sampled or estimated. Ties count against us: a rank is the number of templates that score at least as high, so an
@@ -607,6 +599,7 @@ def search(probes: np.ndarray | Chosen, own: np.ndarray, gallery: Gallery, count
     rank, genuine = np.empty(len(probes), np.int64), np.full(len(probes), -np.inf, np.float32)
     row, nearest = np.empty((len(probes), near), np.int32), np.empty((len(probes), near), np.float32)
     columns = torch.from_numpy(np.require(gallery.vectors, requirements="W")).T
+    order = np.argsort(own, kind="stable")  # one person's probes together: the own templates of PROBES lie in a tile or two
     tables, mine = [], threading.local()  # what a thread keeps from tile to tile: memory for scores, and its table of counts
 
     def prepare() -> None:
@@ -616,20 +609,31 @@ def search(probes: np.ndarray | Chosen, own: np.ndarray, gallery: Gallery, count
             mine.counts = np.zeros(2 * GRID, np.int64)
             tables.append(mine.counts)
 
+    def of_templates(score: np.ndarray, templates: slice, rows: slice) -> np.ndarray:
+        """Of rows [B, rows] -> of templates [B, templates], the best row of each."""
+        several = templates.stop - templates.start < score.shape[1]
+        return np.maximum.reduceat(score, gallery.start[templates] - rows.start, axis=1) if several else score
+
     def compare(start: int) -> None:
-        here = slice(start, start + PROBES)
-        block, its = np.require(probes[here], np.float32, "W"), own[here]  # torch warns of memory that is read-only
-        lowest = own_score(block, its, gallery)[:, None] - np.float32(TIE)
+        here = order[start : start + PROBES]
+        block, its = torch.from_numpy(np.require(probes[here], np.float32, "W")), own[here]  # torch warns of read-only memory
+        scored = {}  # a score is compared with the own one out of the same product: another one rounds differently, by over TIE
+        for templates, rows in tiles:
+            known = np.flatnonzero((its >= templates.start) & (its < templates.stop))
+            if len(known):
+                scored[rows.start] = torch.mm(block, columns[:, rows]).numpy()
+                found = of_templates(scored[rows.start], templates, rows)
+                genuine[here[known]] = found[known, its[known] - templates.start]
+        lowest = genuine[here, None] - np.float32(TIE)
         above, heap = (its < 0).astype(np.int64), faiss.ResultHeap(len(block), near, keep_max=True)
         for templates, rows in tiles:
-            out = mine.scores[: len(block) * (rows.stop - rows.start)].view(len(block), -1)
-            score = torch.mm(torch.from_numpy(block), columns[:, rows], out=out).numpy()  # [B, rows]
+            score = scored.pop(rows.start, None)
+            if score is None:
+                out = mine.scores[: len(block) * (rows.stop - rows.start)].view(len(block), -1)
+                score = torch.mm(block, columns[:, rows], out=out).numpy()  # [B, rows]
             heap.heaps.addn(score.shape[1], faiss.swig_ptr(score), rows.start)
-            if templates.stop - templates.start < score.shape[1]:
-                score = np.maximum.reduceat(score, gallery.start[templates] - rows.start, axis=1)  # [B, templates]
+            score = of_templates(score, templates, rows)
             above += np.bitwise_count(np.packbits(score >= lowest, axis=1)).sum(axis=1, dtype=np.int64)
-            known = np.flatnonzero((its >= templates.start) & (its < templates.stop))
-            genuine[start + known] = score[known, its[known] - templates.start]
             if count:
                 mine.counts += count_scores(score, overwrite=True)
         heap.finalize()

@@ -179,6 +179,21 @@ def test_an_encoder_that_maps_all_faces_to_one_point_has_the_worst_rank():
         assert (m.search(probes, own, gallery).rank == 40).all()
 
 
+@pytest.mark.parametrize("dim", [128, 512])
+@pytest.mark.parametrize("tile", [(512, 1024), (100, 333)])
+def test_a_tie_is_a_tie_where_products_round_most(dim, tile, monkeypatch):
+    """Few large values among many small ones: two ways to add the same products differ by 3e-6."""
+    monkeypatch.setattr(m, "PROBES", tile[0])
+    monkeypatch.setattr(m, "TILE", tile[1])
+    sparse = np.random.default_rng(7).standard_normal((1500, dim)) - 1.5
+    person = unit(sparse.clip(0) + 1e-4)
+    own = np.random.default_rng(8).permutation(3000)
+    twice = m.Gallery(np.repeat(person, 2, axis=0), *[np.arange(3000)] * 3)  # everyone under two names
+    assert (m.search(twice.vectors[own], own, twice).rank == 2).all()
+    once = m.Gallery(person, *[np.arange(1500)] * 3)
+    assert (m.search(person, np.arange(1500), once).rank == 1).all()
+
+
 @pytest.mark.parametrize("template", ["centroid", "best"])
 def test_neighbours_and_rank_1_are_those_of_an_index_of_faiss(template):
     import faiss
