@@ -26,7 +26,7 @@ import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +46,7 @@ from tqdm import tqdm
 log = logging.getLogger("sniperface")
 ROW_GROUP_ROWS = 500  # of the files we write: small enough to mix many at a time, large enough to read fast
 SHARD_BYTES = 256 << 20  # of a materialised train shard, which is shuffled in memory
-WRITERS = 3  # shards that are written at a time, each in memory, so that cores are busy while one waits for the disk: 1.14 x
+WRITERS = 2  # runs of shards that are written at a time, so that cores are busy while one waits for the disk: 1.2 x
 LANES = 8  # places of the files that are read side by side; fixed, so that the order never depends on the machine
 PREFETCH = 4  # batches that are decoded ahead
 READ_AHEAD = 1024  # images whose row groups are requested before they are due
@@ -488,11 +488,11 @@ def repeats_in_queue(codes: np.ndarray, queue_size: int) -> float:
 SHARD_SCHEMA = pa.schema([("identity_id", pa.string()), ("image_filename", pa.string()), ("image_bytes", pa.binary())])
 
 
-def read_rows(index: RowIndex, columns: Columns, start: int = 0, stop: int | None = None) -> Iterator[pa.Table]:
-    """Rows start..stop-1 of the index, a row group at a time, by the contract's names; image bytes as they are."""
-    names, stop = [columns.identity, columns.filename, columns.image], len(index.unit) if stop is None else stop
-    for unit in range(index.unit[start], index.unit[stop - 1] + 1):
-        wanted = index.row[max(start, index.starts[unit]) : min(stop, index.starts[unit + 1])]
+def read_rows(index: RowIndex, columns: Columns, places: np.ndarray | None = None) -> Iterator[pa.Table]:
+    """The rows of the index, all or those at some ascending `places`, part of a row group at a time, by the contract's names."""
+    names, places = [columns.identity, columns.filename, columns.image], np.arange(len(index.unit)) if places is None else places
+    for unit in np.unique(index.unit[places]).tolist():
+        wanted = index.row[places[slice(*np.searchsorted(places, index.starts[unit : unit + 2]))]]
         (number, group), offset = index.units[unit].tolist(), 0
         parquet = open_indexed(index, number)
         with naming(index.paths[number]):
@@ -502,6 +502,8 @@ def read_rows(index: RowIndex, columns: Columns, start: int = 0, stop: int | Non
                 table = pa.Table.from_batches([batch]).select(names).rename_columns(SHARD_SCHEMA.names)
                 if len(inside):
                     yield table.cast(SHARD_SCHEMA).take(inside)  # cast first: pyarrow cannot take from views
+                if offset > wanted[-1]:
+                    break
         if offset <= wanted[-1]:  # a damaged footer: pyarrow stops at the shortest column, without a word
             raise ValueError(
                 f"{index.paths[number]} row group {group}: ends at row {offset}, the index expects row {wanted[-1]}; "
@@ -610,28 +612,41 @@ def write_side(index: RowIndex, columns: Columns, out_dir: Path, names: list[str
             temporary.write_text(json.dumps(note))
     order = np.random.default_rng(draw_seed(0, "materialize", rows)).permutation(rows) if shuffled else np.arange(rows)
     shard_of = order * len(names) // rows
-    edges = np.bincount(shard_of).cumsum().tolist()  # rows in the shards until the end of each
+    edges = np.bincount(shard_of).cumsum()  # rows in the shards until the end of each
+    lengths, stop = np.diff(edges, prepend=0).tolist(), threading.Event()
 
-    def write(shard: int) -> int:
-        path, start, stop = part / names[shard], edges[shard - 1] if shard else 0, edges[shard]
-        if not path.exists() and shuffled:
-            write_shard(path, [sorted_bucket(buckets / f"{shard:05d}.arrow", order, stop - start)], note)
-        elif not path.exists():
-            with closing(in_background(read_rows(index, columns, start, stop), 4)) as tables:
-                write_shard(path, tables, note)
-        return stop - start
+    def read(run: list[int]) -> Iterator[Iterable[pa.Table]]:
+        """The tables of each shard of a run, read as they are asked for."""
+        if shuffled:
+            yield from (map(sorted_bucket, [buckets / f"{n:05d}.arrow"], [order], [lengths[n]]) for n in run)
+            return
+        places = np.concatenate([np.arange(edges[n] - lengths[n], edges[n]) for n in run])
+        with closing(in_background(read_rows(index, columns, places), 4)) as tables:
+            yield from cut(tables, [lengths[n] for n in run])
+
+    def write(run: list[int], bar: tqdm) -> None:
+        with closing(read(run)) as shards:
+            for n, tables in zip(run, shards, strict=True):
+                if stop.is_set():
+                    break
+                write_shard(part / names[n], tables, note)
+                with bar.get_lock():
+                    bar.update(lengths[n])
 
     with progress(total=rows * (1 + shuffled), desc=f"{note['split']}/{out_dir.name}", unit="image") as bar:
-        if shuffled and not buckets.exists() and not all((part / name).exists() for name in names):
+        missing = [n for n, name in enumerate(names) if not (part / name).exists()]
+        bar.update(rows - sum(lengths[n] for n in missing))
+        if shuffled and not buckets.exists() and missing:
             shutil.rmtree(part / "dealing", ignore_errors=True)
             scatter_rows(index, columns, shard_of, part / "dealing", bar)
             os.replace(part / "dealing", buckets)
+        runs = [run.tolist() for run in np.array_split(missing, min(WRITERS, len(missing)))] if missing else []
         with ThreadPoolExecutor(WRITERS) as pool:
             try:
-                for written in pool.map(write, range(len(names))):
-                    bar.update(written)
+                for written in as_completed([pool.submit(write, run, bar) for run in runs]):
+                    written.result()
             finally:
-                pool.shutdown(cancel_futures=True)
+                stop.set()  # after an error or Ctrl-C no thread begins another shard
     shutil.rmtree(buckets, ignore_errors=True)
     marker.unlink()
     shutil.rmtree(out_dir, ignore_errors=True)

@@ -1512,9 +1512,10 @@ def test_a_crash_while_writing_shards_keeps_the_finished_ones(job, tmp_path, mon
 @pytest.mark.parametrize("side", ["train", "test"])
 def test_a_full_disk_stops_the_reading_at_once(job, monkeypatch, side):
     args, _ = job
-    threads = threading.active_count()
+    threads, begun = threading.active_count(), []
 
     def full(path, tables, note):
+        begun.append(path)
         next(iter(tables))  # the reading has begun
         raise OSError(28, "No space left on device")
 
@@ -1522,6 +1523,26 @@ def test_a_full_disk_stops_the_reading_at_once(job, monkeypatch, side):
     with pytest.raises(OSError, match="No space") as error:
         dataio.materialize_split(*args, side)
     assert threading.active_count() == threads, error
+    assert len(begun) <= dataio.WRITERS
+
+
+def test_a_file_of_one_row_group_is_not_read_again_for_each_shard(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataio, "SHARD_BYTES", 5_000)
+    monkeypatch.setattr(dataio, "ROW_GROUP_ROWS", 20)
+    write_rows(tmp_path / "a.parquet", numbered_rows(np.repeat(PEOPLE, 20).tolist()), group=10**6)
+    split(PEOPLE, tmp_path)
+    read, original = [], dataio.open_indexed
+
+    def counted(index, number):
+        parquet = original(index, number)
+        batches = parquet.iter_batches
+        monkeypatch.setattr(parquet, "iter_batches", lambda *a, **k: (read.append(len(b)) or b for b in batches(*a, **k)))
+        return parquet
+
+    monkeypatch.setattr(dataio, "open_indexed", counted)
+    shards = dataio.materialize_split(str(tmp_path / "a.parquet"), tmp_path / "splits.parquet", tmp_path / "out", "test")
+    assert len(shards) > 2 * dataio.WRITERS
+    assert 20 * len(PEOPLE) * 0.9 < sum(read) <= 20 * len(PEOPLE) * dataio.WRITERS
 
 
 def test_what_is_made_in_the_background_comes_in_order_and_no_further_ahead_than_asked():
