@@ -1247,14 +1247,19 @@ def geometry(s: dict[str, Tensor], corners: Tensor) -> Tensor:
     return affine + corners @ signs / 4
 
 
-def resample(images: Tensor, maps: Tensor) -> Tensor:
-    """Pictures [n, 3, S, S] seen through `geometry` maps [n, 2, 4], bilinear; outside, the picture is mirrored."""
+def resample(images: Tensor, maps: Tensor, far: bool) -> Tensor:
+    """Pictures [n, 3, S, S] seen through `geometry` maps [n, 2, 4], bilinear; outside, the picture is mirrored.
+
+    far: whether a view may reach beyond 3, which is past the mirrored picture.
+    """
     size = images.shape[-1]
     axis = (torch.arange(size, device=images.device) * 2 + 1) / size - 1  # centres of the pixels
     powers = torch.stack([torch.ones_like(axis), axis])  # (1, x) or (1, y): their products are the basis
     grid = powers.T @ maps.view(-1, 2, 2, 2) @ powers  # [n, 2, S, S]
-    torch.lerp(grid, grid.clamp(-1, 1), 2.0, out=grid)  # mirrored, once: cheaper than "reflection", which is for any distance
-    return F.grid_sample(images, grid.permute(0, 2, 3, 1), mode="bilinear", padding_mode="border", align_corners=False)
+    if not far:
+        torch.lerp(grid, grid.clamp(-1, 1), 2.0, out=grid)  # mirrored once: cheaper than "reflection", which is for any distance
+    outside = "reflection" if far else "border"
+    return F.grid_sample(images, grid.permute(0, 2, 3, 1), mode="bilinear", padding_mode=outside, align_corners=False)
 
 
 def colour_matrix(s: dict[str, Tensor]) -> Tensor:
@@ -1304,10 +1309,10 @@ def banded_product(maps: Tensor, x: Tensor, reach_px: int) -> Tensor:
 
 
 def soften(x: Tensor, side: Tensor, sigma_px: Tensor) -> Tensor:
-    """Shrink to a share `side` [n] of the size, in whole pixels, and back; then blur by a Gaussian. A strength of 0 does nothing.
+    """Shrink to a share `side` [n] of the size, in whole pixels, and back; then blur by a Gaussian.
 
-    Both are one matrix for each image, for its rows and its columns: 2.3 times as fast as `interpolate` for each size, and 1.2
-    times as one after the other. Gives [n, 3, S, S], channels last in memory.
+    A strength of 0 does nothing; not all are 0. Both are one matrix for each image, for its rows and its columns: 2.3 times as
+    fast as `interpolate` for each size, and 1.2 times as one after the other. Gives [n, 3, S, S], channels last in memory.
     """
     n, channels, size, _ = x.shape
     kept = torch.where(side > 0, (size * side).round().clamp(1, size), size).long()
@@ -1369,7 +1374,7 @@ FILTERS = {"sharpness": sharpen, "posterise": posterise, "solarise": solarise, "
 def erase(x: Tensor, area: Tensor, u: Tensor) -> Tensor:
     """Paint into x [n, 3, S, S] a rectangle of a share `area` [n] of each picture, in a random colour, anywhere; 0 paints nothing.
 
-    `u` [n, 6] in 0..1 says where and in which colour; it and `area` are on the CPU.
+    `u` [n, 6] in 0..1 says where and in which colour; it and `area` are on the CPU. x is channels last in memory.
     """
     n, channels, size, _ = x.shape
     ratio = torch.exp((u[:, 0] * 2 - 1) * math.log(2))
@@ -1415,7 +1420,7 @@ def augment(images: Tensor, cfg: AugmentConfig, generator: torch.Generator, view
     strip_source = torch.Generator(device).manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
     picture = 3 * size * size
     strip = torch.randn(4 * picture, generator=strip_source, device=device)
-    # of the strip each noisy image takes a picture's length, anywhere, so some of a batch share parts: 1.1 x of noise for each
+    # of the strip each noisy view takes a picture's length, anywhere, so some of a batch share parts: 1.1 x of noise for each
     starts = torch.randint(3 * picture + 1, (count,), generator=generator)
 
     def add_noise(x: Tensor, sigma: Tensor, start: Tensor) -> Tensor:
@@ -1429,12 +1434,13 @@ def augment(images: Tensor, cfg: AugmentConfig, generator: torch.Generator, view
     at_once = 8 * torch.get_num_threads() if device.type == "cpu" else count  # few enough to stay in the cache: 1.2 x
     pixels, done = images.permute(0, 2, 3, 1), torch.empty(count, size, size, 3, device=device)
     maps, colours = geometry(s, corners), colour_matrix(s)
+    far = bool((maps.abs().sum(dim=2) > 3).any())  # a sum of these is the largest x or y of a view, or more
     colours = torch.cat([colours[:, :, :3] / 127.5, colours[:, :, 3:] - colours[:, :, :3].sum(2, keepdim=True)], 2)  # of bytes
     filters = [(s[name], function) for name, function in FILTERS.items() if s[name].any()]
     for rows in (part for group in groups if len(group) for part in group.split(at_once)):
         where, side, sigma_px = rows.to(device, non_blocking=True), s["low_resolution"][rows], s["blur"][rows]
         map_, colour = (values[rows].to(device, non_blocking=True) for values in (maps, colours))
-        x = resample(pixels.index_select(0, where % len(images)).float().permute(0, 3, 1, 2), map_)
+        x = resample(pixels.index_select(0, where % len(images)).float().permute(0, 3, 1, 2), map_, far)
         x = torch.bmm(colour[:, :, :3], x.flatten(2)).add_(colour[:, :, 3:]).view_as(x)
         x = soften(x, side, sigma_px) if kind[rows[0]] else x.contiguous(memory_format=torch.channels_last)
         for strength, function in filters:

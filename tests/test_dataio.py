@@ -2009,15 +2009,15 @@ def test_softening_is_low_resolution_and_then_blur_for_those_images_that_have_th
 
 
 @pytest.mark.parametrize("size", [16, 17, 64, 112])
-def test_a_banded_product_is_the_whole_product(size):
-    sides, sigmas = torch.tensor([0.1, 0.2, 0.33, 0.6, 0.95]), torch.tensor([0.5, 0.0, 1.8, 2.5, 0.0])
-    x = torch.rand(5, size, 7, generator=generator())
-    for side, sigma in itertools.product(sides, sigmas):  # the bands as `soften` has them
-        kept = max(1, round(size * side.item()))
-        maps = dataio.low_resolution_map(kept, size, x.device).expand(5, -1, -1)
-        maps = torch.bmm(dataio.blur_maps(sigma.expand(5), size, x.device), maps)
-        reach = math.ceil(2 * size / kept) + (dataio.BLUR_REACH if sigma else 0)
-        assert torch.allclose(dataio.banded_product(maps, x, reach), maps @ x, atol=1e-6)
+@pytest.mark.parametrize("sigma", [0.0, 0.5, 1.8, 2.5])
+def test_the_bands_of_softening_leave_nothing_out(size, sigma, monkeypatch):
+    x, sides = torch.rand(5, 3, size, size, generator=generator()), [0.1, 0.2, 0.33, 0.6, 0.95] + [0.0] * (sigma > 0)
+    strengths = [(torch.tensor([side, *sides[:4]]), torch.tensor([sigma, 0, 0, sigma, 0])) for side in sides]
+    strengths += [(torch.full((5,), side), torch.full((5,), sigma)) for side in sides]
+    in_bands = [dataio.soften(x, *each) for each in strengths]
+    monkeypatch.setattr(dataio, "banded_product", lambda maps, x, _: maps @ x)
+    for each, found in zip(strengths, in_bands, strict=True):
+        assert torch.allclose(found, dataio.soften(x, *each), atol=1e-6)
 
 
 def test_what_lies_outside_of_the_picture_is_mirrored(portraits):
@@ -2028,7 +2028,18 @@ def test_what_lies_outside_of_the_picture_is_mirrored(portraits):
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     grid = 1.3 * torch.stack([x, y], dim=-1) + maps[:, None, None, :, 0]
     wanted = F.grid_sample(dataio.to_float(portraits), grid, padding_mode="reflection", align_corners=False)
-    assert torch.allclose(dataio.resample(dataio.to_float(portraits), maps), wanted, atol=1e-4)
+    for far in (False, True):
+        assert torch.allclose(dataio.resample(dataio.to_float(portraits), maps, far), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("strength", [{"zoom": 0.2}, {"shift_x": 1.3}, {"zoom": 0.4, "shift_y": -0.9}])
+def test_a_view_far_outside_of_the_picture_is_mirrored_again(portraits, strength):
+    maps = torch.zeros(8, 2, 4)
+    maps[:, 0, 1] = maps[:, 1, 2] = 1 / strength.get("zoom", 1)
+    maps[:, :, 0] = 2 * torch.tensor([strength.get("shift_x", 0), strength.get("shift_y", 0)])
+    wanted = dataio.resample(dataio.to_float(portraits), maps, far=True)
+    assert torch.allclose(view(portraits, **strength), wanted, atol=1e-4)
+    assert not torch.allclose(dataio.resample(dataio.to_float(portraits), maps, far=False), wanted, atol=0.1)
 
 
 def test_views_do_not_depend_on_how_many_are_made_at_once(portraits, monkeypatch):
