@@ -593,6 +593,30 @@ def cut_tiles(gallery: Gallery) -> list[tuple[slice, slice]]:
     return list(zip(itertools.starmap(slice, pairwise(templates)), itertools.starmap(slice, pairwise(rows)), strict=True))
 
 
+def of_templates(score: np.ndarray, first: np.ndarray, templates: slice, rows: slice) -> np.ndarray:
+    """Scores of a tile's rows [B, rows] -> of its templates [B, templates], the best row of each; `first` as Gallery.start."""
+    several = templates.stop - templates.start < score.shape[1]
+    return np.maximum.reduceat(score, first[templates] - rows.start, axis=1) if several else score
+
+
+def score_own(
+    block: Tensor, own: np.ndarray, columns: Tensor, first: np.ndarray, tiles: list[tuple[slice, slice]]
+) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """Cosine of each probe [B, D] with its own template, -inf where `own` [B] is -1; and two tiles' scores by first row, for later.
+
+    It comes out of the same product as the probe's other scores: any other one rounds differently, by over TIE.
+    """
+    genuine, scored = np.full(len(block), -np.inf, np.float32), {}
+    for templates, rows in tiles:
+        known = np.flatnonzero((own >= templates.start) & (own < templates.stop))
+        if len(known):
+            score = torch.mm(block, columns[:, rows]).numpy()
+            genuine[known] = of_templates(score, first, templates, rows)[known, own[known] - templates.start]
+            if len(scored) < 2:
+                scored[rows.start] = score
+    return genuine, scored
+
+
 def search(probes: np.ndarray | Chosen, own: np.ndarray, gallery: Gallery, count: bool = False) -> Found:
     """Every probe against every template, a tile of PROBES x TILE at a time: 8e9 pairs in 12 MB a thread.
 
@@ -604,9 +628,9 @@ def search(probes: np.ndarray | Chosen, own: np.ndarray, gallery: Gallery, count
     import faiss  # here, not above: only eval needs it, and it brings an OpenMP runtime of its own
 
     near, tiles = min(NEIGHBOURS, len(gallery.vectors)), cut_tiles(gallery)
-    rank, genuine = np.empty(len(probes), np.int64), np.full(len(probes), -np.inf, np.float32)
+    rank, genuine = np.empty(len(probes), np.int64), np.empty(len(probes), np.float32)
     row, nearest = np.empty((len(probes), near), np.int32), np.empty((len(probes), near), np.float32)
-    columns = torch.from_numpy(np.require(gallery.vectors, requirements="W")).T
+    columns = torch.from_numpy(np.require(gallery.vectors, requirements="W")).T  # [D, R]
     order = np.argsort(own, kind="stable")  # one person's probes together: few tiles hold the own templates of PROBES
     tables, mine = [], threading.local()  # what a thread keeps from tile to tile: memory for scores, and its table of counts
 
@@ -617,22 +641,10 @@ def search(probes: np.ndarray | Chosen, own: np.ndarray, gallery: Gallery, count
             mine.counts = np.zeros(2 * GRID, np.int64)
             tables.append(mine.counts)
 
-    def of_templates(score: np.ndarray, templates: slice, rows: slice) -> np.ndarray:
-        """Of rows [B, rows] -> of templates [B, templates], the best row of each."""
-        several = templates.stop - templates.start < score.shape[1]
-        return np.maximum.reduceat(score, gallery.start[templates] - rows.start, axis=1) if several else score
-
     def compare(start: int) -> None:
         here = order[start : start + PROBES]
         block, its = torch.from_numpy(np.require(probes[here], np.float32, "W")), own[here]  # torch warns of read-only memory
-        scored = {}  # some tiles, for later
-        for templates, rows in tiles:
-            known = np.flatnonzero((its >= templates.start) & (its < templates.stop))
-            if len(known):  # the own score comes out of the same product as the others: any other rounds differently, by over TIE
-                score = torch.mm(block, columns[:, rows]).numpy()
-                genuine[here[known]] = of_templates(score, templates, rows)[known, its[known] - templates.start]
-                if len(scored) < 2:
-                    scored[rows.start] = score
+        genuine[here], scored = score_own(block, its, columns, gallery.start, tiles)
         lowest = genuine[here, None] - np.float32(TIE)
         above, heap = (its < 0).astype(np.int64), faiss.ResultHeap(len(block), near, keep_max=True)
         for templates, rows in tiles:
@@ -641,7 +653,7 @@ def search(probes: np.ndarray | Chosen, own: np.ndarray, gallery: Gallery, count
                 out = mine.scores[: len(block) * (rows.stop - rows.start)].view(len(block), -1)
                 score = torch.mm(block, columns[:, rows], out=out).numpy()  # [B, rows]
             heap.heaps.addn(score.shape[1], faiss.swig_ptr(score), rows.start)
-            score = of_templates(score, templates, rows)
+            score = of_templates(score, gallery.start, templates, rows)
             above += np.bitwise_count(np.packbits(score >= lowest, axis=1)).sum(axis=1, dtype=np.int64)
             if count:
                 mine.counts += count_scores(score, overwrite=True)
