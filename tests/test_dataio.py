@@ -1,6 +1,7 @@
 """Files and pixels: the split, the index, the order, streams, caches, decoding, curriculum, shards, views, demo faces."""
 
 import dataclasses
+import errno
 import io
 import itertools
 import math
@@ -1521,6 +1522,25 @@ def test_a_full_disk_stops_the_reading_at_once(job, monkeypatch, side):
     with pytest.raises(OSError, match="No space") as error:
         dataio.materialize_split(*args, side)
     assert not [thread for thread in threading.enumerate() if "Pool" in thread.name], error
+
+
+def test_an_error_of_the_disk_while_a_shard_is_still_written_names_it_and_leaves_nothing(tmp_path, monkeypatch):
+    told, table = threading.Event(), pa.table([["a"], ["a/0.png"], [b"picture"]], dataio.SHARD_SCHEMA)
+
+    def broken(descriptor):
+        if not told.is_set():  # as Linux does, which tells of an error once
+            told.set()
+            raise OSError(errno.EIO, "Input/output error")
+
+    def tables():
+        yield table
+        assert told.wait(10)
+        yield table
+
+    monkeypatch.setattr(os, "fdatasync", broken, raising=False)
+    with pytest.raises(OSError, match=r"faces_00000\.parquet"):
+        dataio.write_shard(tmp_path / "out" / "faces_00000.parquet", tables(), {})
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("side", ["train", "test"])
