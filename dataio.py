@@ -122,7 +122,7 @@ def syncing(path: Path) -> Iterator[None]:
     made = threading.Event()
 
     def sync() -> None:
-        while not made.wait(0.05):
+        while not made.wait(0.1):
             with open(path, "rb") as file:
                 getattr(os, "fdatasync", os.fsync)(file.fileno())  # macOS has no fdatasync
 
@@ -184,7 +184,7 @@ def first_line(error: BaseException) -> str:
 def open_parquet(path: Path, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
     """Open for reading row group by row group. `pre_buffer` would keep the whole file in memory; a small buffer reads at 1.2 x."""
     try:
-        return pq.ParquetFile(path, metadata=metadata, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
+        return pq.ParquetFile(path, metadata=metadata, pre_buffer=False, buffer_size=1 << 17, page_checksum_verification=True)
     except (OSError, OverflowError, UnicodeDecodeError, pa.ArrowException) as error:
         raise ValueError(f"{path}: not a readable parquet file ({first_line(error)}); fetch it again or leave it out") from error
 
@@ -1461,7 +1461,7 @@ def augment(images: Tensor, cfg: AugmentConfig, generator: torch.Generator, view
     kind = (s["low_resolution"] > 0).long() + 2 * (s["blur"] > 0)
     order = (2 * kind + s["low_resolution"]).argsort(stable=True)
     groups = order.split(kind.bincount(minlength=4).tolist())
-    at_once = 8 * torch.get_num_threads() if device.type == "cpu" else count  # few enough to stay in the cache: 1.2 x
+    at_once = 12 * torch.get_num_threads() if device.type == "cpu" else count  # few enough to stay in the cache: 1.2 x
     pixels, done = images.permute(0, 2, 3, 1), torch.empty(count, size, size, 3, device=device)
     maps, colours = geometry(s, corners), colour_matrix(s)
     far = bool((maps.abs().sum(dim=2) > 3).any())  # a sum of these is the largest x or y of a view, or more
