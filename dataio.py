@@ -123,12 +123,12 @@ def syncing(path: Path) -> Iterator[None]:
 
     def sync() -> None:
         while not made.wait(0.1):
-            with open(path, "rb") as file:
+            with open(path, "rb+") as file:  # not every file system syncs what is open for reading only
                 getattr(os, "fdatasync", os.fsync)(file.fileno())  # macOS has no fdatasync
 
     with ThreadPoolExecutor(1) as pool:
-        synced = pool.submit(sync)
         try:
+            synced = pool.submit(sync)
             yield
         finally:
             made.set()

@@ -281,7 +281,7 @@ def main() -> None:
         if args.only and "whole" in args.only:
             measure_whole_eval(args, Path(folder))
         if wanted("11"):
-            for name, rows in {"tiny": 1024, "iresnet50": 64}.items():
+            for name, rows in {"tiny": 1024, "iresnet50": 256}.items():
                 measure_embedding(name, args.embed or (20_480 if on_gpu else rows), args, Path(folder))
         if wanted("13"):
             measure_split(args, Path(folder))
