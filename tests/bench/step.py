@@ -189,8 +189,7 @@ def measure_step(name: str, args: argparse.Namespace, device: torch.device) -> O
 
     def measured(label: str) -> float:
         keep_freed_memory(label not in usual and device.type == "cpu")
-        # the first steps after another contender's also pay for memory that it gave back
-        return rate_of(contenders[label], args.batch, args.seconds, device, warm=3)
+        return rate_of(contenders[label], args.batch, args.seconds, device, warm=1)
 
     measures = {label: lambda label=label: measured(label) for label in contenders}
     measures["peak"] = lambda: matrix_peak(device, ours.precision, args.seconds)
