@@ -55,9 +55,7 @@ TASK_IMAGES = 32  # that a thread decodes at a time: some 10 ms
 CACHE_CHUNK = 4096  # images of a decoded cache that share a checksum
 METADATA_KEY = b"sniperface"  # our entry in the schema metadata of the files we write
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Files ----
 
 
 def progress(*args, **settings) -> tqdm:
@@ -172,9 +170,7 @@ def draw(seed: int, purpose: str, *address: int) -> torch.Generator:
     return torch.Generator().manual_seed(draw_seed(seed, purpose, *address))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Parquet: the contract of the image files
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Parquet: the contract of the image files ----
 
 
 @dataclass(unsafe_hash=True)  # a key of the cache of `scan_identities`
@@ -189,7 +185,7 @@ COLUMNS = Columns("identity_id", "image_filename", "image_bytes")  # the contrac
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let what a damaged file raises name it."""
+    """Turn what reading a damaged file raises into a ValueError that names it."""
     try:
         yield
     except (OSError, OverflowError, pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError, StopIteration) as error:
@@ -198,10 +194,10 @@ def naming(path: Path) -> Iterator[None]:
 
 def open_parquet(path: Path, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
     """Open for reading row group by row group: `pre_buffer` would keep the whole file in memory."""
-    try:
-        return pq.ParquetFile(path, metadata=metadata, pre_buffer=False, page_checksum_verification=True)
-    except (OSError, OverflowError, UnicodeDecodeError, pa.ArrowException) as error:
-        raise ValueError(f"{path}: not a readable parquet file ({first_line(error)}); fetch it again or leave it out") from error
+    with naming(path):
+        parquet = pq.ParquetFile(path, metadata=metadata, pre_buffer=False, page_checksum_verification=True)
+        parquet.schema_arrow.names  # noqa: B018  # a damaged schema is noticed here
+        return parquet
 
 
 def check_contract(path: Path, schema: pa.Schema, columns: Columns) -> None:
@@ -229,7 +225,7 @@ def read_strings(parquet: pq.ParquetFile, path: Path, name: str) -> pa.Array:
     """
     with naming(path):
         column = parquet.read(columns=[name], use_threads=False).column(0)
-        column.validate(full=True)  # a string that is no UTF-8
+        column.validate(full=True)  # a string that is not valid UTF-8
     if column.null_count:
         raise ValueError(f"{path}: {column.null_count} of {len(column)} rows have no {name!r}; every row needs one")
     return pc.cast(column, pa.large_string()).combine_chunks()
@@ -257,8 +253,8 @@ def _scan_identities(path: Path, stamped: tuple[int, int], columns: Columns) -> 
     import polars as pl
 
     parquet = open_parquet(path)
+    check_contract(path, parquet.schema_arrow, columns)
     with naming(path):
-        check_contract(path, parquet.schema_arrow, columns)
         sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
     identities = read_strings(parquet, path, columns.identity)
     if sum(sizes) != len(identities):
@@ -276,9 +272,7 @@ def scan_identities(path: Path, columns: Columns) -> "tuple[pq.FileMetaData, pl.
     return _scan_identities(path, stamp(path), columns)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Identities: which are trained on, which are never seen
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Identities: which are trained on, which are never seen ----
 
 
 @dataclass
@@ -306,6 +300,11 @@ class Splits(NamedTuple):
         """Of this table and of the earlier states that it extends, in which each identity has the same side."""
         return [self.hash, *self.note.get("extends", [])]
 
+    @property
+    def trained(self) -> set[str]:
+        """Identities that training may have used or chosen by."""
+        return {*self.identities["train"], *self.identities["val"]}
+
     def __str__(self) -> str:
         return ", ".join(f"{len(ids)} {side}" for side, ids in self.identities.items()) + f" (table {self.hash})"
 
@@ -321,7 +320,7 @@ def collect_unique_identities(globs: str | Sequence[str], columns: Columns = COL
 def assign_splits(
     identities: Iterable[str], train_ratio: float, seed: int, validation_ratio: float = 0.0, known: dict[str, str] | None = None
 ) -> dict[str, str]:
-    """Identity -> train, val or test. The order that decides is that of hashes, so it is the same on every machine for ever.
+    """Identity -> train, val or test, decided by the order of hashes: the same on every machine and in every version.
 
     Exactly round(train_ratio * n) identities are on the train side, of which round(validation_ratio * that) are val. Those in
     `known` keep their side, and new ones fill the ratio as far as that allows.
@@ -338,12 +337,11 @@ def assign_splits(
 
 
 def read_identity_splits(path: str | Path) -> Splits:
-    """Read a split table. Raises ValueError for a file that is none, or that gives an identity two sides."""
+    """Read a split table. Raises ValueError for a file that is not one, or that gives an identity two sides."""
     import polars as pl
 
     parquet = open_parquet(Path(path))
-    with naming(path):
-        found = parquet.schema_arrow.names
+    found = parquet.schema_arrow.names
     if any(found.count(name) != 1 for name in ("identity_id", "split")):
         raise ValueError(f"{path}: not a split table, its columns are {found}; expected identity_id and split")
     table = pl.DataFrame({name: pl.from_arrow(read_strings(parquet, Path(path), name)) for name in ("identity_id", "split")})
@@ -377,12 +375,11 @@ def write_identity_splits(
     return read_identity_splits(out_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The index before the pixels
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The index before the pixels ----
 
 
-class RowIndex(NamedTuple):
+@dataclass(frozen=True)
+class RowIndex:
     """Where the allowed rows are. A unit is a row group of a file."""
 
     files: list[pq.FileMetaData]
@@ -467,7 +464,6 @@ def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | 
     )  # fmt: skip
 
 
-CONTRACT = {"identity_id": "identity", "image_filename": "filename", "image_bytes": "image"}  # our columns -> names in `Columns`
 SHARD_SCHEMA = pa.schema([("identity_id", pa.string()), ("image_filename", pa.string()), ("image_bytes", pa.binary())])
 
 
@@ -478,7 +474,7 @@ def read_unit(index: RowIndex, unit: int, rows: np.ndarray, names: Sequence[str]
     """
     (number, group), offset = index.units[unit].tolist(), 0
     path, schema = index.paths[number], pa.schema([SHARD_SCHEMA.field(name) for name in names])
-    theirs = [getattr(index.columns, attribute) for name, attribute in CONTRACT.items() if name in names]
+    theirs = [column for name, column in zip(SHARD_SCHEMA.names, vars(index.columns).values(), strict=True) if name in names]
     with naming(path):
         if stamp(path) != index.stamps[number]:
             raise ValueError(f"{path}: was replaced since it was indexed; start again")
@@ -504,24 +500,19 @@ def read_rows(index: RowIndex, places: np.ndarray | None = None) -> Iterator[pa.
         yield from read_unit(index, unit, rows, SHARD_SCHEMA.names, ROW_GROUP_ROWS)
 
 
-def cut(tables: Iterable[pa.Table], lengths: Iterable[int]) -> Iterator[Iterator[pa.Table]]:
-    """Cut a sequence of tables into runs of so many rows, read as they are asked for: each run to its end, before the next."""
-    tables, left = iter(tables), SHARD_SCHEMA.empty_table()
-
-    def run(missing: int) -> Iterator[pa.Table]:
-        nonlocal left
-        while missing:
-            left = left if len(left) else next(tables)
-            table, left = left.slice(0, missing), left.slice(missing)
-            missing -= len(table)
-            yield table
-
-    return map(run, lengths)
+def regroup(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """The same rows of SHARD_SCHEMA in tables of `rows` each, the last one shorter."""
+    left = SHARD_SCHEMA.empty_table()
+    for table in tables:
+        left = pa.concat_tables([left, table])
+        while len(left) >= rows:
+            yield left.slice(0, rows)
+            left = left.slice(rows)
+    if len(left):
+        yield left
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Where the rows of one side of the split are
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Where the rows of one side of the split are ----
 
 
 @dataclass
@@ -638,7 +629,7 @@ def find_rows(data: DataConfig, split: SplitConfig, side: str, shards: bool | No
     indices = {source: build_index(paths, splits.identities[side], data.columns) for source, paths in files.items()}
     folders = {source: Path(split.out_dir) / side / source for source in files}
     if shards is not False and all(folder.is_dir() for folder in folders.values()):
-        made = {source: read_metadata(min(folder.glob("*.parquet"), default=folder)) for source, folder in folders.items()}
+        made = {s: next(map(read_metadata, sorted(folder.glob("*.parquet"))), {}) for s, folder in folders.items()}
         if all((made[s].get("table"), made[s].get("source")) == (splits.hash, index.fingerprint) for s, index in indices.items()):
             found = {source: index_shards(folder, splits.hash, side) for source, folder in folders.items()}
             return Rows(found, splits.hashes, True)
@@ -653,27 +644,17 @@ def find_given_rows(pattern: str, columns: Columns) -> Rows:
     return Rows({"file": build_index(pattern, None, columns)}, [], False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Materialised shards: the split as files
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Materialised shards: the split as files ----
 
 
-def write_shard(path: Path, tables: Iterable[pa.Table], note: dict) -> None:
-    """Write tables of SHARD_SCHEMA as row groups of ROW_GROUP_ROWS, images uncompressed: they are compressed already."""
+def write_shard(path: Path, table: pa.Table, note: dict) -> None:
+    """Write a table of SHARD_SCHEMA as row groups of ROW_GROUP_ROWS, images uncompressed: they are compressed already."""
     packing = {
         "compression": {"identity_id": "zstd", "image_filename": "zstd", "image_bytes": "none"},
         "use_dictionary": ["identity_id"], "write_statistics": ["identity_id"], "write_page_checksum": True,
     }  # fmt: skip
-    left = SHARD_SCHEMA.empty_table()
     with write_whole(path) as temporary, pq.ParquetWriter(temporary, with_metadata(SHARD_SCHEMA, note), **packing) as writer:
-        for table in tables:
-            left = pa.concat_tables([left, table])
-            whole = len(left) // ROW_GROUP_ROWS * ROW_GROUP_ROWS
-            if whole:
-                writer.write_table(left.slice(0, whole), row_group_size=ROW_GROUP_ROWS)
-                left = left.slice(whole)
-        if len(left):
-            writer.write_table(left, row_group_size=ROW_GROUP_ROWS)
+        writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
 
 
 def scatter_rows(index: RowIndex, shard_of: np.ndarray, folder: Path, bar: tqdm) -> None:
@@ -713,22 +694,22 @@ def write_side(index: RowIndex, out_dir: Path, names: list[str], note: dict) -> 
         need_space(part, (2 if shuffled else 1) * index.image_bytes() * 11 // 10, f"materialising {rows} {note['split']} images")
         write_text(marker, json.dumps(note))
     order = np.random.default_rng(draw_seed(0, "materialize", rows)).permutation(rows) if shuffled else np.arange(rows)
-    shard_of = order * len(names) // rows
-    lengths = np.bincount(shard_of)
+    shard_of = order // note["shard_rows"]
     missing = [n for n, name in enumerate(names) if not (part / name).exists()]
+    wanted = np.flatnonzero(np.isin(shard_of, missing))
     with progress(total=rows * (1 + shuffled), desc=f"{note['split']}/{out_dir.name}", unit="image") as bar:
-        bar.update(rows - int(lengths[missing].sum()))
+        bar.update(rows - len(wanted))
         if shuffled:
             if missing and not buckets.exists():
                 shutil.rmtree(part / "dealing", ignore_errors=True)
                 scatter_rows(index, shard_of, part / "dealing", bar)
                 os.replace(part / "dealing", buckets)
-            contents = ([sort_bucket(buckets / f"{n:05d}.arrow", order, lengths[n])] for n in missing)
+            shards = (sort_bucket(buckets / f"{n:05d}.arrow", order, int((shard_of == n).sum())) for n in missing)
         else:
-            contents = cut(read_rows(index, np.flatnonzero(np.isin(shard_of, missing))), lengths[missing].tolist())
-        for n, tables in zip(missing, contents, strict=True):
-            write_shard(part / names[n], tables, note)
-            bar.update(int(lengths[n]))
+            shards = regroup(read_rows(index, wanted), note["shard_rows"])
+        for n, table in zip(missing, shards, strict=True):
+            write_shard(part / names[n], table, note)
+            bar.update(len(table))
     shutil.rmtree(buckets, ignore_errors=True)
     marker.unlink()
     shutil.rmtree(out_dir, ignore_errors=True)
@@ -750,22 +731,21 @@ def materialize_split(
     if split_name not in splits.identities:
         raise ValueError(f"split_name={split_name!r}: must be one of {sorted(splits.identities)}")
     index = build_index(input_glob, splits.identities[split_name], columns)
-    count = min(len(index), -(-index.image_bytes() // SHARD_BYTES))
-    note = {"split": split_name, "table": splits.hash, "source": index.fingerprint, "rows": len(index), "shards": count}
-    names = [f"{out_dir.name}_{shard:05d}.parquet" for shard in range(count)]
+    rows = -(-len(index) // min(len(index), -(-index.image_bytes() // SHARD_BYTES)))
+    names = [f"{out_dir.name}_{shard:05d}.parquet" for shard in range(-(-len(index) // rows))]
+    note = {"split": split_name, "table": splits.hash, "source": index.fingerprint, "rows": len(index), "shards": len(names)}
+    note["shard_rows"] = rows
     with locked(out_dir.with_name(f".{out_dir.name}.lock"), wait=True):
         if not out_dir.exists() or not all((out_dir / n).exists() and read_metadata(out_dir / n) == note for n in names):
             write_side(index, out_dir, names, note)
     return [out_dir / name for name in names]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Decoding
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Decoding ----
 
 
 def decode_image(data: bytes | memoryview, size: int, max_pixels: int) -> np.ndarray:
-    """Encoded image -> RGB uint8 [size, size, 3]; a picture that is not square loses its longer side's ends. Raises ValueError.
+    """Encoded image -> RGB uint8 [size, size, 3]; a picture that is not square is cropped to its centre. Raises ValueError.
 
     By Pillow: torchvision's decoder ends the process on a damaged PNG.
     """
@@ -795,31 +775,30 @@ class BadImages:
     def __init__(self, max_fraction: float, whole: int, instead: str):
         self.max_fraction, self.whole, self.instead, self.lock = max_fraction, whole, instead, threading.Lock()
         self.found: dict[tuple[Path, int], str] = {}  # why, by file and row
-        self.first_met: dict[tuple[Path, int], int] = {}  # number of the image that met it: threads decode ahead
+        self.met: dict[tuple[Path, int], int] = {}  # number of the image that met it first: threads decode ahead
 
     def add(self, path: Path, row: int, reason: str, met: int = 0) -> None:
         """Note a broken image. Raises ValueError where no number of good ones can make up for those that were found."""
         with self.lock:
-            self.first_met[path, row] = min(met, self.first_met.get((path, row), met))
-            if (path, row) not in self.found:
-                self.found[path, row] = reason
-                if len(self.found) <= 10:
-                    log.warning("%s row %d: broken image (%s); %s", path, row, reason, self.instead)
-            self.refuse_more_than(len(self.found), self.whole)
+            self.met[path, row] = min(met, self.met.get((path, row), met))
+            if (path, row) not in self.found and len(self.found) < 10:
+                log.warning("%s row %d: broken image (%s); %s", path, row, reason, self.instead)
+            self.found.setdefault((path, row), reason)
+        self.judge(self.whole, ahead=True)
 
-    def judge(self, seen: int) -> None:
-        """Raise ValueError if more than the allowed fraction of `seen` images is broken; judged from 1,000 on, or all there are."""
-        if seen >= min(1000, self.whole):
-            with self.lock:  # whatever the threads have met ahead of that
-                self.refuse_more_than(sum(met < seen for met in self.first_met.values()), min(seen, self.whole))
+    def judge(self, seen: int, ahead: bool = False) -> None:
+        """Raise ValueError if more than the allowed fraction of `seen` images is broken; judged from 1,000 on, or all there are.
 
-    def refuse_more_than(self, count: int, seen: int) -> None:
-        if count > self.max_fraction * seen:
-            (path, row), reason = next(iter(self.found.items()))
-            raise ValueError(
-                f"{count} of {seen} images are broken, more than data.max_bad_fraction={self.max_fraction}; "
-                f"the first: {path} row {row} ({reason})"
-            )
+        ahead: count also those that threads have met further on.
+        """
+        with self.lock:
+            count, of = sum(ahead or met < seen for met in self.met.values()), min(seen, self.whole)
+            if count > self.max_fraction * of and seen >= min(1000, self.whole):
+                (path, row), reason = next(iter(self.found.items()))
+                raise ValueError(
+                    f"{count} of {of} images are broken, more than data.max_bad_fraction={self.max_fraction}; "
+                    f"the first: {path} row {row} ({reason})"
+                )
 
 
 def decoded_rows(index: RowIndex, cfg: DataConfig, batch_rows: int) -> Iterator[tuple[pa.Table, Tensor]]:
@@ -843,11 +822,9 @@ def decoded_rows(index: RowIndex, cfg: DataConfig, batch_rows: int) -> Iterator[
         hashes = pa.array(map(image_hash, kept["image_bytes"]), pa.int64())
         return kept.drop_columns("image_bytes").append_column("image_hash", hashes), torch.from_numpy(stack).permute(0, 3, 1, 2)
 
-    lengths = [min(batch_rows, len(index) - start) for start in range(0, len(index), batch_rows)]
     ahead: deque[tuple[pa.Table, Iterable]] = deque()  # decoded by the pool while the caller works
     with ThreadPoolExecutor(cfg.workers or os.cpu_count()) as pool:
-        for tables in cut(read_rows(index), lengths):
-            table = pa.concat_tables(tables)
+        for table in regroup(read_rows(index), batch_rows):
             ahead.append((table, pool.map(decode, range(done, done + len(table)), table["image_bytes"])))
             done += len(table)
             if len(ahead) > 3:
@@ -884,9 +861,7 @@ def find_pictures(rows: Rows, wanted: set[tuple[str, str, str]], cfg: DataConfig
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Streams: an endless sequence of images, addressed by number
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Streams: an endless sequence of images, addressed by number ----
 
 
 def lane_order(unit: np.ndarray, rng: np.random.Generator, shuffle_files: bool, shuffle_buffer: int) -> np.ndarray:
@@ -1081,26 +1056,22 @@ class ParquetImageStream(Passes):
         )  # fmt: skip
 
 
-class CacheNote(NamedTuple):
-    """What is kept beside a decoded cache."""
+def read_cache_note(path: Path) -> tuple[list[int], list[list]]:
+    """What is kept beside a decoded cache: checksums of its finished chunks, and file, row and reason of the broken images.
 
-    sums: list[int]  # checksums of the chunks that are finished
-    broken: list[tuple[str, int, str]]  # file, row and reason of the images that another one stands in for
-
-
-def read_cache_note(path: Path) -> CacheNote:
-    """Raises ValueError for a file that is no such note."""
+    Raises ValueError for a file that is not such a note.
+    """
+    if not path.exists():
+        return [], []
     try:
-        note = CacheNote(**json.loads(path.read_bytes())) if path.exists() else CacheNote([], [])
-        if all(isinstance(number, int) for number in note.sums):
-            return CacheNote(note.sums, [(str(file), int(row), str(reason)) for file, row, reason in note.broken])
-    except (ValueError, TypeError):
-        pass
-    raise ValueError(f"{path}: not the checksums of a cache; delete it and the files beside it, they will be made again")
+        note = json.loads(path.read_bytes())
+        return [int(number) for number in note["sums"]], [[str(file), int(row), str(why)] for file, row, why in note["broken"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: not the checksums of a cache; delete it and the files beside it to make them again") from error
 
 
 def build_cache(stream: ParquetImageStream, part: Path, note_path: Path, shape: tuple[int, ...], workers: int | None) -> None:
-    """Decode the images of `stream` into the file `part`, from where a stopped build left off; a `CacheNote` grows beside it."""
+    """Decode the images of `stream` into the file `part`, from where a stopped build left off; a note grows beside it."""
     if not part.exists():
         need_space(part.parent, math.prod(shape), "the decoded cache")
         note_path.unlink(missing_ok=True)  # of a cache that was deleted: nothing of this one is decoded yet
@@ -1123,7 +1094,7 @@ def build_cache(stream: ParquetImageStream, part: Path, note_path: Path, shape: 
             images.flush()
             sums.append(zlib.crc32(images[start : start + len(batch)]))
             broken = [(str(file), row, reason) for (file, row), reason in list(ordered.bad.found.items())]
-            write_text(note_path, json.dumps(CacheNote(sums, broken)._asdict()))
+            write_text(note_path, json.dumps({"sums": sums, "broken": broken}))
             bar.update(len(batch))
 
 
@@ -1145,28 +1116,35 @@ def open_cache(stream: ParquetImageStream, folder: Path, workers: int | None) ->
         raise ValueError(
             f"{final}: has {final.stat().st_size} bytes instead of {math.prod(shape)}, or its checksums are gone; delete it"
         )
-    images, note = np.memmap(final, np.uint8, "r", shape=shape), read_cache_note(note_path)
+    images, (sums, broken) = np.memmap(final, np.uint8, "r", shape=shape), read_cache_note(note_path)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # crc32 releases the GIL
         starts = range(0, len(images), CACHE_CHUNK)
         found = list(pool.map(lambda start: zlib.crc32(images[start : start + CACHE_CHUNK]), starts))
-    if found != note.sums:
-        bad = sum(a != b for a, b in itertools.zip_longest(found, note.sums))
+    if found != sums:
+        bad = sum(a != b for a, b in itertools.zip_longest(found, sums))
         raise ValueError(f"{final}: {bad} of {len(found)} chunks are damaged; delete it, it will be made again")
-    for file, row, reason in note.broken:
+    for file, row, reason in broken:
         stream.bad.add(Path(file), row, reason)
     return images
 
 
 class DecodedCache(Passes):
-    """The images of a stream, decoded once into a memory map uint8 [N, S, S, 3]; a true permutation of all of them each pass."""
+    """The images of a stream, decoded once into a memory map uint8 [N, S, S, 3]; a true permutation of all of them each pass.
 
-    order_kind, on_device = "permutation", False
+    device: copy them to its memory, which leaves no work per image to the CPU.
+    """
 
-    def __init__(self, stream: ParquetImageStream, folder: str | Path, workers: int | None = None):
+    order_kind = "permutation"
+
+    def __init__(
+        self, stream: ParquetImageStream, folder: str | Path, workers: int | None = None, device: torch.device | None = None
+    ):
         self.index, self.seed, self.image_size, self.bad = stream.index, stream.seed, stream.image_size, stream.bad
-        self.fingerprint = self.fingerprint_of(stream)
+        self.fingerprint, self.on_device = self.fingerprint_of(stream), device is not None
         self.images: np.ndarray | Tensor = open_cache(stream, Path(folder), workers)
-        self.order = functools.lru_cache(maxsize=2)(self.order)
+        self.order = functools.lru_cache(maxsize=2)(self.order)  # of this pass and the next
+        if device is not None:
+            self.images = copy_to_device(self.images, device)
 
     @classmethod
     def fingerprint_of(cls, stream: ParquetImageStream) -> str:
@@ -1179,31 +1157,24 @@ class DecodedCache(Passes):
     def submit(self, pool: ThreadPoolExecutor, first: int, stop: int, out: Tensor) -> list[Future]:
         """Start to copy images first..stop-1 of the sequence into uint8 [stop - first, S, S, 3]."""
         rows = np.concatenate([rows for _, rows in self.rows(first, stop)])
+        if self.on_device:
+            torch.index_select(self.images, 0, torch.from_numpy(rows).to(out.device, non_blocking=True), out=out)
+            return []
         parts = [(rows[i : i + TASK_IMAGES], out[i : i + TASK_IMAGES].numpy()) for i in range(0, len(rows), TASK_IMAGES)]
         return [pool.submit(np.take, self.images, part, 0, target, "clip") for part, target in parts]
 
 
-class DeviceCache(DecodedCache):
-    """A `DecodedCache` copied to the device once: no work on the CPU per image at all. The order is the same."""
-
-    on_device = True
-
-    def __init__(self, stream: ParquetImageStream, folder: str | Path, workers: int | None, device: torch.device):
-        super().__init__(stream, folder, workers)
-        decoded, need = self.images, self.images.nbytes
-        if device.type == "cuda" and need > 0.6 * torch.cuda.mem_get_info(device)[0]:
-            raise ValueError(
-                f"data.cache=device: {need / 1e9:.1f} GB of images do not fit beside the training on {device}; set "
-                f"data.cache=decoded"
-            )
-        self.images = torch.empty(decoded.shape, dtype=torch.uint8, device=device)
-        for start in range(0, len(decoded), CACHE_CHUNK):
-            self.images[start : start + CACHE_CHUNK] = torch.from_numpy(np.array(decoded[start : start + CACHE_CHUNK]))
-
-    def submit(self, pool: ThreadPoolExecutor, first: int, stop: int, out: Tensor) -> list[Future]:
-        rows = np.concatenate([rows for _, rows in self.rows(first, stop)])
-        torch.index_select(self.images, 0, torch.from_numpy(rows).to(out.device, non_blocking=True), out=out)
-        return []
+def copy_to_device(images: np.ndarray, device: torch.device) -> Tensor:
+    """uint8 [N, S, S, 3] in the memory of `device`. Raises ValueError where they would leave too little of it for training."""
+    if device.type == "cuda" and images.nbytes > 0.6 * torch.cuda.mem_get_info(device)[0]:
+        gigabytes = images.nbytes / 1e9
+        raise ValueError(
+            f"data.cache=device: {gigabytes:.1f} GB of images do not fit beside the training on {device}; set data.cache=decoded"
+        )
+    there = torch.empty(images.shape, dtype=torch.uint8, device=device)
+    for start in range(0, len(images), CACHE_CHUNK):
+        there[start : start + CACHE_CHUNK] = torch.from_numpy(np.array(images[start : start + CACHE_CHUNK]))
+    return there
 
 
 def shuffle_quality(stream: ParquetImageStream, queue_size: int) -> float:
@@ -1236,14 +1207,10 @@ def cached(streams: list[ParquetImageStream], cfg: DataConfig, device: torch.dev
     """The streams as data.cache asks for: as they are, from a map of decoded images, or from the device's memory."""
     if cfg.cache == "none":
         return streams
-    if cfg.cache == "decoded":
-        return [DecodedCache(stream, cfg.cache_dir, cfg.workers) for stream in streams]
-    return [DeviceCache(stream, cfg.cache_dir, cfg.workers, device) for stream in streams]
+    return [DecodedCache(stream, cfg.cache_dir, cfg.workers, device if cfg.cache == "device" else None) for stream in streams]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Curriculum
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Curriculum ----
 
 
 @dataclass
@@ -1308,9 +1275,7 @@ class CurriculumMixStream:
             yield from images
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Augmentation: whole batches on the device, each image with its own draw
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Augmentation: whole batches on the device, each image with its own draw ----
 
 
 @dataclass
@@ -1545,20 +1510,23 @@ def two_views(images: Tensor, cfg: AugmentConfig, generator: torch.Generator) ->
     return augment(images, cfg, draw_numbers(len(images), generator)), augment(images, cfg, draw_numbers(len(images), generator))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables of vectors
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Tables of vectors ----
 
 
 class VectorTable(NamedTuple):
     """One file of embeddings in memory, rows in the file's order."""
 
     names: np.ndarray  # str [N], the identity
-    keys: np.ndarray  # str [N], source and file name of the picture
+    files: np.ndarray  # str [N], the picture's name
     sources: np.ndarray  # str [N]
     vectors: np.ndarray  # float32 [N, D]
     hashes: np.ndarray | None  # int64 [N], of the pictures' bytes
     note: dict  # what `embed` noted of checkpoint, split and data; empty for a foreign file
+
+    @property
+    def keys(self) -> np.ndarray:
+        """str [N], source and file name: unique within an identity."""
+        return np.char.add(np.char.add(self.sources, "/"), self.files)
 
 
 class VectorWriter:
@@ -1584,7 +1552,7 @@ class VectorWriter:
         self.ready = []
 
     def close(self, last_words: dict[str, str]) -> None:
-        """End the file, noting what was known at the end only. Raises ValueError where there is no row."""
+        """End the file, with metadata known only at the end. Raises ValueError where there is no row."""
         if not self.rows:
             raise ValueError("not one image to embed: the chosen rows are empty or broken")
         if self.ready:
@@ -1609,9 +1577,7 @@ def read_embedding_column(path: Path, parquet: pq.ParquetFile) -> np.ndarray:
 def read_vectors(path: Path) -> VectorTable:
     """Read a file of `embed`, or a foreign one with the same columns. Raises ValueError for what cannot be one."""
     parquet = open_parquet(path)
-    with naming(path):
-        found = parquet.schema_arrow.names
-        last_words = parquet.metadata.metadata or {}
+    found, last_words = parquet.schema_arrow.names, parquet.metadata.metadata or {}
     wrong = len(set(found)) < len(found) or not {"identity_id", "image_filename", "embedding"} <= set(found)
     kind = None if wrong else parquet.schema_arrow.field("embedding").type
     if wrong or not pa.types.is_fixed_size_list(kind) or kind.value_type != pa.float32() or not kind.list_size:
@@ -1633,22 +1599,14 @@ def read_vectors(path: Path) -> VectorTable:
     if not len(vectors) == len(names) == len(files) == len(sources):
         raise ValueError(f"{path}: damaged ({len(vectors)} vectors, {len(names)} names); write it again with command=embed")
     note = read_metadata(path) | ({"pictures_in_train": int(leaked)} if leaked else {})
-    return VectorTable(names, np.char.add(np.char.add(sources, "/"), files), sources, vectors, hashes, note)
+    return VectorTable(names, files, sources, vectors, hashes, note)
 
 
-class Pairs(NamedTuple):
-    """A protocol of pairs such as LFW's [N]: rows of a table of vectors, whether they are of the same person, and the fold."""
+def read_pairs(path: Path, data: VectorTable) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Read a protocol of pairs such as LFW's: `fold`, `image_filename_a`, `image_filename_b`, `same`.
 
-    a: np.ndarray
-    b: np.ndarray
-    same: np.ndarray
-    fold: np.ndarray
-
-
-def read_pairs(path: Path, data: VectorTable) -> Pairs:
-    """Read `fold`, `image_filename_a`, `image_filename_b`, `same`, and find the pictures among those of `data`.
-
-    Raises ValueError for a file that is no such protocol, and for pictures without a vector.
+    Gives [N] each: the rows of both sides in `data`, whether they are the same person, and the fold. Raises ValueError for a file
+    that is not such a protocol, and for pictures without a vector.
     """
     wanted = ["fold", "image_filename_a", "image_filename_b", "same"]
     parquet, t = open_parquet(path), pa.types
@@ -1662,13 +1620,12 @@ def read_pairs(path: Path, data: VectorTable) -> Pairs:
     empty = [name for name in wanted if table[name].null_count]
     if empty or not set(table["same"].unique().to_pylist()) <= {0, 1}:
         raise ValueError(f"{path}: no value may be missing (look at {empty}) and same must be 0 or 1")
-    files = [key.split("/", 1)[1] for key in data.keys.tolist()]
-    row_of = dict(zip(files, range(len(files)), strict=True))
+    row_of = dict(zip(data.files.tolist(), range(len(data.files)), strict=True))
     sides = [table[f"image_filename_{side}"].to_pylist() for side in "ab"]
     unknown = {name for side in sides for name in side if name not in row_of}
-    if unknown or len(row_of) < len(files):
+    if unknown or len(row_of) < len(data.files):
         missing = f"{len(unknown)} of its pictures, such as {sorted(unknown)[:1]}, have no embedding"
         what = missing if unknown else "file names stand twice in the embeddings"
         raise ValueError(f"{path}: {what}; embed the benchmark's own pictures by embed.test_glob")
     a, b = (np.array([row_of[name] for name in side], np.int64) for side in sides)
-    return Pairs(a, b, table["same"].to_numpy().astype(bool), table["fold"].to_numpy())
+    return a, b, table["same"].to_numpy().astype(bool), table["fold"].to_numpy()

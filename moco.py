@@ -19,13 +19,12 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 log = logging.getLogger("sniperface")
 EMBEDDING_DIM = 512
@@ -39,9 +38,7 @@ Z95 = 1.959964  # two-sided 95 % of the normal distribution
 
 Columns = dict[str, np.ndarray]
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The encoder: iResNet
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The encoder: iResNet ----
 
 
 @dataclass
@@ -174,9 +171,7 @@ class ProjectionHead(nn.Module):
         return self.layers(embedding)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loss: MarginNCE
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The loss: MarginNCE ----
 
 
 def cosines(q: Tensor, k: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,9 +203,7 @@ def chance_loss(queue_size: int, temperature: float, margin: float) -> float:
     return math.log1p(queue_size * math.exp(margin / temperature))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The method: momentum contrast with a guard against the BatchNorm leak
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The method: momentum contrast with a guard against the BatchNorm leak ----
 
 
 @dataclass
@@ -232,7 +225,6 @@ class StepOutput(NamedTuple):
 
     loss: Tensor  # []
     keys: Tensor  # [B, D] unit rows, float32 ([2B, D] with the symmetric loss), to enqueue after backward
-    queue_ptr: Tensor  # [] where the next key goes
     pos_sim: Tensor  # [] mean cosine of a query and its key
     neg_sim: Tensor  # [] mean cosine of a query and the queue
     neg_max: Tensor  # [] mean over the queries of their hardest negative's cosine
@@ -299,7 +291,7 @@ class MoCo(nn.Module):
         with torch.no_grad():
             hardest = negative.amax(dim=1, keepdim=True)  # [B, 1]
             return StepOutput(
-                loss=loss, keys=torch.cat(keys), queue_ptr=self.queue_ptr,
+                loss=loss, keys=torch.cat(keys),
                 pos_sim=positive.mean(), neg_sim=negative.mean(), neg_max=hardest.mean(),
                 instance_top1=(positive > hardest).float().mean(), spread=spread_of(q),
             )  # fmt: skip
@@ -330,21 +322,9 @@ def key_momentum_at(progress: float, base: float, schedule: str) -> float:
     return base if schedule == "constant" else 1 - (1 - base) * (math.cos(math.pi * progress) + 1) / 2
 
 
-@torch.no_grad()
 def calibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Set the BatchNorm statistics of `model` to the plain average over `batches` of views; no weight changes."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    usual = [m.momentum for m in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # None: cumulative average
-    was_training = model.training
-    model.train()
-    for views in batches:
-        model(views)
-    model.train(was_training)
-    for norm, momentum in zip(norms, usual, strict=True):
-        norm.momentum = momentum
+    torch.optim.swa_utils.update_bn(batches, model)
 
 
 def build_moco(backbone: BackboneConfig, cfg: MocoConfig, seed: int) -> MoCo:
@@ -353,8 +333,7 @@ def build_moco(backbone: BackboneConfig, cfg: MocoConfig, seed: int) -> MoCo:
         torch.manual_seed(seed)
         try:
             return MoCo(
-                IResNet(backbone.layers, backbone.width, backbone.input_size, backbone.dropout),
-                ProjectionHead(cfg.head, cfg.head_dim), MarginNCE(cfg.temperature, cfg.margin),
+                build_backbone(backbone), ProjectionHead(cfg.head, cfg.head_dim), MarginNCE(cfg.temperature, cfg.margin),
                 cfg.queue_size, cfg.guard, cfg.shuffle_groups, cfg.symmetric,
             )  # fmt: skip
         except (RuntimeError, MemoryError) as error:  # torch's word for too little memory
@@ -370,9 +349,7 @@ def load_weights(model: MoCo, weights: dict[str, Tensor]) -> None:
         raise ValueError(f"the weights of this checkpoint do not fit its own settings: {told}") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training: what a step changes, and the step
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Training: what a step changes, and the step ----
 
 
 @dataclass
@@ -565,9 +542,7 @@ def signs_of_failure(entry: dict, untrained: float, cfg: TrainConfig, warmed_up:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Frozen encoders: the trained one, and what it must beat
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Frozen encoders: the trained one, and what it must beat ----
 
 Encoder = Callable[[Tensor], Tensor]  # views float [n, 3, S, S] in [-1, 1], on its device -> unit rows float32 [n, D] on the CPU
 PCA_SIDE_PX, PCA_COMPONENTS = 32, 128
@@ -599,9 +574,7 @@ def fit_pca(batches: Iterable[Tensor]) -> Encoder:
     return lambda views: F.normalize((small_grey(views) - mean) @ basis).float()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Vectors and enrolment
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Vectors and enrolment ----
 
 
 def _parts(rows: np.ndarray, size: int = 2**15) -> Iterator[np.ndarray]:
@@ -649,16 +622,6 @@ def _draw(seed: int, purpose: str, *columns: np.ndarray) -> np.ndarray:
     return np.fromiter(map(number, *(column.tolist() for column in columns)), np.uint64, len(columns[0]))
 
 
-def _refuse_doubles(names: np.ndarray, keys: np.ndarray) -> None:
-    """An image that stands twice in the file could be enrolled and probed with at once: sorted rows [N] make it a neighbour."""
-    twice = np.flatnonzero((names[1:] == names[:-1]) & (keys[1:] == keys[:-1]))
-    if len(twice):
-        raise ValueError(
-            f"enrol: {len(twice)} rows repeat an image, first '{keys[twice[0]]}' of identity '{names[twice[0]]}': "
-            "it could be enrolled and probed with at once; write each image once"
-        )
-
-
 def enrol(names: np.ndarray, keys: np.ndarray, per_id: int, seed: int, open_set_share: float = 0.0) -> Enrolment:
     """Draw `per_id` enrolment images of each identity; the other images are its probes.
 
@@ -673,7 +636,13 @@ def enrol(names: np.ndarray, keys: np.ndarray, per_id: int, seed: int, open_set_
     names, keys = np.asarray(names, str), np.asarray(keys, str)
     people, identity = np.unique(names, return_inverse=True)
     order = np.lexsort((keys, identity))
-    _refuse_doubles(names[order], keys[order])
+    twice = np.flatnonzero((names[order][1:] == names[order][:-1]) & (keys[order][1:] == keys[order][:-1]))
+    if len(twice):
+        name, key = names[order[twice[0]]], keys[order[twice[0]]]
+        raise ValueError(
+            f"enrol: {len(twice)} rows repeat an image, first '{key}' of identity '{name}': it could be enrolled and probed with; "
+            "write each image once"
+        )
     left_out = np.zeros(len(people), bool)
     left_out[np.argsort(_draw(seed, "open", people))[: round(open_set_share * len(people))]] = True
     drawn = np.lexsort((_draw(seed, "enrol", names, keys), identity))  # per identity, images in the order of their draw
@@ -727,9 +696,7 @@ def build_gallery(vectors: np.ndarray, identity: np.ndarray, template: str = "ce
     return Gallery((mean / length).astype(np.float32), code, np.arange(len(code)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Search and comparison
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Search and comparison ----
 
 
 class Found(NamedTuple):
@@ -809,9 +776,7 @@ def count_pairs(
     return genuine, counts.cpu().numpy() - count_scores(genuine)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Figures as columns
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Figures as columns ----
 
 
 def closed_set(rank: np.ndarray, ks: Iterable[int] = CMC_RANKS) -> Columns:
@@ -844,7 +809,7 @@ def is_match(score: np.ndarray, threshold: float) -> np.ndarray:
 def equal_error(genuine: np.ndarray, impostors: np.ndarray) -> tuple[float, int, float]:
     """Where false matches and misses are equally frequent: the rate, on the line between points of the ROC, and its step.
 
-    Third, the share of a small rise of the miss rate by which that point rises: the two curves' slopes within 0.02 around it.
+    Third, by what share of a small rise of the miss rate that point rises, for the interval: from both curves' slopes around it.
     """
     false_match = 1 - np.concatenate([[0], np.cumsum(impostors)]) / impostors.sum()  # [2 GRID + 1] by step of the threshold
     missed = np.concatenate([[0], np.cumsum(count_scores(genuine))]) / len(genuine)
@@ -937,9 +902,7 @@ def pair_accuracy(score: np.ndarray, same: np.ndarray, fold: np.ndarray) -> Pair
     return PairAccuracy(float(accuracy.mean()), float(accuracy.std(ddof=1) / np.sqrt(len(folds))), accuracy, threshold)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Intervals
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Intervals ----
 
 
 class Rate(NamedTuple):
@@ -948,19 +911,15 @@ class Rate(NamedTuple):
     high: float
 
 
-class Resampled(NamedTuple):
-    mean: np.ndarray  # [M] over all rows
-    spread: np.ndarray  # [M] standard error: standard deviation over the bootstrap draws
-    quantile: np.ndarray  # [M] 97.5 % point of Student's t, for as many identities as carry the spread
-
-
 def student_t(df: np.ndarray) -> np.ndarray:
     """97.5 % point of Student's t for df >= 4, to 1e-3 (Abramowitz and Stegun 26.7.5)."""
     return Z95 + 2.37227 / df + 2.82247 / df**2 + 2.55578 / df**3 + 1.58952 / df**4
 
 
-def resample(columns: list[np.ndarray], identity: np.ndarray, seed: int, draws: int) -> Resampled:
-    """Means of M columns [N] and their spread when identities [N] are drawn again with replacement, the gallery fixed.
+def bootstrap(columns: list[np.ndarray], identity: np.ndarray, seed: int, draws: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Means of M columns [N], and how they vary when identities [N] are drawn again with replacement, the gallery fixed.
+
+    Gives [M] each: the mean over all rows, its standard error, and the 97.5 % point of Student's t for its interval.
 
     Images of one person succeed or fail together, so it is persons that are drawn. A spread that rests on few of them is itself
     uncertain: its degrees of freedom are (sum r^2)^2 / sum r^4 over their residuals r, at least 4 (found by simulation).
@@ -976,7 +935,7 @@ def resample(columns: list[np.ndarray], identity: np.ndarray, seed: int, draws: 
         drawn[here] = weight @ total / (weight @ size)[:, None]
     residual = (total - size[:, None] * mean) ** 2
     carriers = residual.sum(axis=0) ** 2 / np.maximum((residual**2).sum(axis=0), 1e-300)
-    return Resampled(mean, drawn.std(axis=0, ddof=1), student_t(np.maximum(carriers, 4)))
+    return mean, drawn.std(axis=0, ddof=1), student_t(np.maximum(carriers, 4))
 
 
 def wilson(rate: np.ndarray, trials: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -999,40 +958,28 @@ def rates(columns: Columns, identity: np.ndarray, seed: int, draws: int = 1000, 
         return {}
     if not len(identity):
         raise ValueError("rates: no probes in this part; leave it out of the report or choose a larger one")
-    found = resample([np.asarray(column, np.float64) for column in columns.values()], identity, seed, draws)
+    mean, error, quantile = bootstrap([np.asarray(column, np.float64) for column in columns.values()], identity, seed, draws)
     size = np.unique(identity[:trials], return_counts=True)[1].astype(np.float64)  # rows of each identity
-    inner = np.clip(found.mean, 0.5 / size.sum(), 1 - 0.5 / size.sum())  # a rate of 1 may still have a moving threshold
+    inner = np.clip(mean, 0.5 / size.sum(), 1 - 0.5 / size.sum())  # a rate of 1 may still have a moving threshold
     with np.errstate(divide="ignore"):
-        effective = inner * (1 - inner) / found.spread**2 * (Z95 / found.quantile) ** 2
-    effective = np.where(found.spread > 1e-12, effective, size.sum() ** 2 / (size**2).sum())  # identities, by share of the rows
-    low, high = wilson(np.clip(found.mean, 0, 1), effective)
-    return {name: Rate(*map(float, three)) for name, *three in zip(columns, found.mean, low, high, strict=True)}
+        effective = inner * (1 - inner) / error**2 * (Z95 / quantile) ** 2
+    effective = np.where(error > 1e-12, effective, size.sum() ** 2 / (size**2).sum())  # identities, by share of the rows
+    low, high = wilson(np.clip(mean, 0, 1), effective)
+    return {name: Rate(*map(float, three)) for name, *three in zip(columns, mean, low, high, strict=True)}
 
 
-def differences(columns: Columns, base: Columns, identity: np.ndarray, seed: int, draws: int = 1000) -> dict[str, Rate]:
-    """`columns` minus `base`: two runs over the same probes in the same order, with the interval of the paired difference."""
-    both = [name for name in columns if name in base]
-    if not both or any(not len(columns[name]) == len(base[name]) == len(identity) for name in both):
-        raise ValueError(
-            f"differences: {len(both)} figures in common, or not over the same {len(identity)} probes; evaluate both "
-            "runs on the same identities with equal eval settings"
-        )
-    found = resample([np.subtract(columns[name], base[name], dtype=np.float64) for name in both], identity, seed, draws)
-    low, high = found.mean - found.quantile * found.spread, found.mean + found.quantile * found.spread
-    return {name: Rate(*map(float, three)) for name, *three in zip(both, found.mean, low, high, strict=True)}
+def paired_difference(ours: np.ndarray, base: np.ndarray, identity: np.ndarray, seed: int, draws: int = 1000) -> Rate:
+    """A rate of one run minus that of another: contributions [N] of the same probes in the same order, with its interval."""
+    (mean,), (error,), (quantile,) = bootstrap([np.subtract(ours, base, dtype=np.float64)], identity, seed, draws)
+    return Rate(float(mean), float(mean - quantile * error), float(mean + quantile * error))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Geometry of the space
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Geometry of the space ----
 
 
-def _uniformity(chosen: np.ndarray) -> float:
-    potential = sum(np.exp(4 * (part @ chosen.T) - 4).sum(dtype=np.float64) for part in _parts(chosen, 1024))
-    return float(np.log((potential - len(chosen)) / (len(chosen) * (len(chosen) - 1.0))))  # without i = j
-
-
-def geometry(embeddings: np.ndarray, identity: np.ndarray, order: np.ndarray, seed: int, sample: int = 10_000) -> dict[str, float]:
+def geometry_of_space(
+    embeddings: np.ndarray, identity: np.ndarray, order: np.ndarray, seed: int, sample: int = 10_000
+) -> dict[str, float]:
     """Alignment, uniformity (Wang and Isola 2020, both with exponent 2) and effective rank (RankMe) of unit rows [N, D].
 
     `order` [N] lists the rows in an order of their own, so that the draw of `sample` rows does not depend on the file's.
@@ -1051,18 +998,18 @@ def geometry(embeddings: np.ndarray, identity: np.ndarray, order: np.ndarray, se
     pairs = float((count * (count - 1.0)).sum())
     parts = (embeddings[rows].astype(np.float64) for rows in _parts(order))
     gram = sum(part.T @ part for part in parts)  # [D, D]
+    chosen = embeddings[order[drawn]]
+    potential = sum(np.exp(4 * (part @ chosen.T) - 4).sum(dtype=np.float64) for part in _parts(chosen, 1024))
     share = np.sqrt(np.clip(np.linalg.eigvalsh(gram), 0, None))
     share = share[share > 0] / share.sum()
     return {
         "alignment": 2 - 2 * pull / pairs if pairs else float("nan"),
-        "uniformity": _uniformity(embeddings[order[drawn]]),
+        "uniformity": float(np.log((potential - len(chosen)) / (len(chosen) * (len(chosen) - 1.0)))),  # without i = j
         "effective_rank": float(np.exp(-(share * np.log(share)).sum())),
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation: all figures of one table of vectors
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Evaluation: all figures of one table of vectors ----
 
 
 @dataclass
@@ -1080,15 +1027,6 @@ class EvalConfig:
     top_k: list[int] = field(metadata={"at_least": 1, "at_most": 1000})
     bootstrap: int = field(metadata={"at_least": 100})
     out: str
-
-
-class Faces(Protocol):
-    """What is measured: a row a picture."""
-
-    names: np.ndarray  # str [N], the identity
-    keys: np.ndarray  # str [N], source and file name of the picture
-    sources: np.ndarray  # str [N]
-    vectors: np.ndarray  # float32 [N, D], unit rows
 
 
 class Measured(NamedTuple):
@@ -1127,43 +1065,39 @@ def last_rank(cfg: EvalConfig) -> int:
     return max(*CMC_RANKS, *cfg.top_k)
 
 
-def measure(faces: Faces, cfg: EvalConfig, device: torch.device) -> Measured:
+def draw_gallery(faces: Any, cfg: EvalConfig, per_id: int, seed: int, share: float = 0.0) -> tuple[Enrolment, Gallery, np.ndarray]:
+    """One draw of the enrolment, its templates, and the template of each probe [P]."""
+    drawn = enrol(faces.names, faces.keys, per_id, seed, share)
+    gallery = build_gallery(faces.vectors[drawn.enrolled], drawn.identity[drawn.enrolled], cfg.template)
+    return drawn, gallery, gallery.index(drawn.identity[drawn.probes])
+
+
+def measure(faces: Any, cfg: EvalConfig, device: torch.device) -> Measured:
     """Rank-k, MRR, TAR at each FAR, AUC and EER of one encoder, each with its interval.
 
-    MRR counts ranks beyond `last_rank` as that rank plus one.
+    faces: a row a picture, with str [N] `names` (the identity), `keys` (source and file name) and `sources`, and unit rows
+    `vectors` [N, D]. MRR counts ranks beyond `last_rank` as that rank plus one.
     """
-    drawn = enrol(faces.names, faces.keys, cfg.enroll_per_id, cfg.seed)
-    gallery = build_gallery(faces.vectors[drawn.enrolled], drawn.identity[drawn.enrolled], cfg.template)
+    drawn, gallery, own = draw_gallery(faces, cfg, cfg.enroll_per_id, cfg.seed)
     people = drawn.identity[drawn.probes]
-    own = gallery.index(people)
     found = search(faces.vectors, drawn.probes, own, gallery, last_rank(cfg))
     genuine, impostors = count_pairs(faces.vectors, drawn.probes, own, gallery, device)
     verified, at = verification(genuine, impostors, cfg.fars)
-    ranks = sorted({*CMC_RANKS, *cfg.top_k})
-    every = rates(closed_set(found.rank, ranks) | {"mrr": 1 / found.rank} | verified, people, cfg.seed, cfg.bootstrap)
-    hidden = {f"rank{k}" for k in ranks} - {f"rank{k}" for k in (1, 5, 10, *cfg.top_k)}
     points = verification(genuine, impostors, np.geomspace(1e-6, 1, 37).tolist())[0]
     points = {float(name[4:]): column for name, column in points.items() if name.startswith("tar@")}
-    roc = rates(points, people, cfg.seed, cfg.bootstrap)
-    shown = {name: rate for name, rate in every.items() if name not in hidden}
-    return Measured(shown, [every[f"rank{k}"] for k in CMC_RANKS], roc, at, impostors, genuine, drawn, found)
+    columns = closed_set(found.rank, sorted({1, 5, 10, *cfg.top_k})) | {"mrr": 1 / found.rank} | verified
+    shown, cmc, roc = (rates(part, people, cfg.seed, cfg.bootstrap) for part in (columns, closed_set(found.rank), points))
+    return Measured(shown, list(cmc.values()), roc, at, impostors, genuine, drawn, found)
 
 
-def closed_set_ranks(faces: Faces, cfg: EvalConfig, per_id: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rank [P] and identity [P] of the probes of one enrolment draw."""
-    drawn = enrol(faces.names, faces.keys, per_id, seed)
-    gallery = build_gallery(faces.vectors[drawn.enrolled], drawn.identity[drawn.enrolled], cfg.template)
-    people = drawn.identity[drawn.probes]
-    return search(faces.vectors, drawn.probes, gallery.index(people), gallery, last_rank(cfg)).rank, people
-
-
-def closed_set_rates(faces: Faces, cfg: EvalConfig, per_id: int, seed: int) -> dict[str, Rate]:
+def closed_set_rates(faces: Any, cfg: EvalConfig, per_id: int, seed: int) -> dict[str, Rate]:
     """Rank-k of one enrolment draw."""
-    rank, people = closed_set_ranks(faces, cfg, per_id, seed)
-    return rates(closed_set(rank, sorted({1, *cfg.top_k})), people, cfg.seed, cfg.bootstrap)
+    drawn, gallery, own = draw_gallery(faces, cfg, per_id, seed)
+    rank = search(faces.vectors, drawn.probes, own, gallery, last_rank(cfg)).rank
+    return rates(closed_set(rank, sorted({1, *cfg.top_k})), drawn.identity[drawn.probes], cfg.seed, cfg.bootstrap)
 
 
-def per_source(faces: Faces, ours: Measured, cfg: EvalConfig) -> dict[str, dict]:
+def per_source(faces: Any, ours: Measured, cfg: EvalConfig) -> dict[str, dict]:
     """Rank-k of the probes of each source; the gallery is the same."""
     sources, figures = faces.sources[ours.drawn.probes], {}
     for source in np.unique(sources).tolist():
@@ -1173,32 +1107,27 @@ def per_source(faces: Faces, ours: Measured, cfg: EvalConfig) -> dict[str, dict]
     return figures
 
 
-def enrolment_draws(faces: Faces, ours: Measured, cfg: EvalConfig) -> dict:
+def enrolment_draws(faces: Any, ours: Measured, cfg: EvalConfig) -> dict:
     """Rank-1 over several draws of the enrolment pictures: how much is the luck of the draw."""
-    others = [closed_set_ranks(faces, cfg, cfg.enroll_per_id, cfg.seed + n)[0] for n in range(1, cfg.repeats)]
-    hits = [float((rank == 1).mean()) for rank in (ours.found.rank, *others)]
+    hits = [ours.rates["rank1"].value]
+    for n in range(1, cfg.repeats):
+        drawn, gallery, own = draw_gallery(faces, cfg, cfg.enroll_per_id, cfg.seed + n)
+        hits.append(float((search(faces.vectors, drawn.probes, own, gallery, 1).rank == 1).mean()))
     spread = float(np.std(hits, ddof=1)) if len(hits) > 1 else None
     return {"draws": len(hits), "rank1_mean": float(np.mean(hits)), "rank1_std": spread}
 
 
-def enrolment_sweep(faces: Faces, ours: Measured, cfg: EvalConfig) -> dict[str, dict]:
-    """Rank-k by the number of enrolment pictures, as far as an identity has one picture more."""
-    most = np.bincount(ours.drawn.identity).max() - 1
-    return {str(n): as_figures(closed_set_rates(faces, cfg, n, cfg.seed)) for n in cfg.enroll_sweep if n <= most}
-
-
-def open_set_figures(faces: Faces, cfg: EvalConfig) -> dict:
+def open_set_figures(faces: Any, cfg: EvalConfig) -> dict:
     """TPIR at each FPIR when a share of the identities is not enrolled; empty where the share leaves nobody out."""
     try:
-        drawn = enrol(faces.names, faces.keys, cfg.enroll_per_id, cfg.seed, cfg.open_set_share)
+        drawn, gallery, own = draw_gallery(faces, cfg, cfg.enroll_per_id, cfg.seed, cfg.open_set_share)
     except ValueError as error:  # those with pictures to spare are left out: the closed set stands nevertheless
         log.warning("no open-set figures: %s", error)
         return {}
     if not len(drawn.unknown):
         return {}
-    gallery = build_gallery(faces.vectors[drawn.enrolled], drawn.identity[drawn.enrolled], cfg.template)
     people, strangers = drawn.identity[drawn.probes], drawn.identity[drawn.unknown]
-    known = search(faces.vectors, drawn.probes, gallery.index(people), gallery, 1)
+    known = search(faces.vectors, drawn.probes, own, gallery, 1)
     unknown = search(faces.vectors, drawn.unknown, np.full(len(strangers), -1), gallery, 1)
     columns, at = open_set(known, unknown, cfg.fpirs)
     found = rates(columns, np.concatenate([people, strangers]), cfg.seed, cfg.bootstrap, trials=len(people))
@@ -1219,16 +1148,18 @@ def pair_figures(score: np.ndarray, same: np.ndarray, fold: np.ndarray, fars: li
     }  # fmt: skip
 
 
-def evaluate(faces: Faces, cfg: EvalConfig, device: torch.device) -> tuple[dict, Measured]:
+def evaluate(faces: Any, cfg: EvalConfig, device: torch.device) -> tuple[dict, Measured]:
     """All figures of one encoder, as in metrics.json, and what the pictures need besides."""
     ours = measure(faces, cfg, device)
     gallery = len(np.unique(ours.drawn.identity[ours.drawn.enrolled]))
     canonical = np.lexsort((faces.keys, faces.names))  # so that the order of the file decides nothing
+    most = np.bincount(ours.drawn.identity).max() - 1  # enrolment pictures that leave a probe
+    sweep = {str(n): as_figures(closed_set_rates(faces, cfg, n, cfg.seed)) for n in cfg.enroll_sweep if n <= most}
     return ours.figures() | {
         "identities": gallery, "gallery": gallery, "probes": len(ours.people), "distractors": ours.drawn.distractors,
         "chance_rank1": 1 / gallery, "enroll_per_id": cfg.enroll_per_id, "template": cfg.template, "seed": cfg.seed,
         "enrolment_draws": enrolment_draws(faces, ours, cfg), "per_source": per_source(faces, ours, cfg),
-        "enroll_sweep": enrolment_sweep(faces, ours, cfg),
+        "enroll_sweep": sweep,
         "open_set": open_set_figures(faces, cfg) if cfg.open_set_share else {},
-        "geometry": geometry(faces.vectors, ours.drawn.identity, canonical, cfg.seed),
+        "geometry": geometry_of_space(faces.vectors, ours.drawn.identity, canonical, cfg.seed),
     }, ours  # fmt: skip

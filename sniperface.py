@@ -19,6 +19,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import platform
 import re
@@ -30,7 +31,6 @@ import subprocess
 import sys
 import time
 import traceback
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,9 +58,7 @@ log = logging.getLogger("sniperface")
 PROGRAM = Path(__file__).resolve().parent
 CONF = PROGRAM / "conf"
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Settings ----
 
 
 @dataclass
@@ -101,12 +99,9 @@ class Config:
 
 
 LIMITS: dict[str, tuple[str, Callable]] = {
-    "above": (">", lambda value, limit: value > limit),
-    "at_least": (">=", lambda value, limit: value >= limit),
-    "below": ("<", lambda value, limit: value < limit),
-    "at_most": ("<=", lambda value, limit: value <= limit),
-    "one_of": ("one of", lambda value, limit: value in limit),
-}
+    "above": (">", operator.gt), "at_least": (">=", operator.ge), "below": ("<", operator.lt), "at_most": ("<=", operator.le),
+    "one_of": ("one of", lambda value, allowed: value in allowed),
+}  # fmt: skip
 
 
 def check_ranges(cfg: object, prefix: str = "") -> None:
@@ -190,30 +185,28 @@ def differences(saved: dict, asked: dict) -> dict[str, tuple]:
     return {key: pair for key, pair in pairs.items() if not under(key, NOT_THE_RESULT)}
 
 
+ALWAYS_AS_ASKED = ("command", "run", "run_dir", "device", "embed", "eval", "report")
+AS_TYPED = ("data", "split")  # where the data is now may be typed anew; else it is where the run was trained
+
+
 def settings_of(saved: dict, cfg: Config, typed: set[str]) -> Config:
     """The saved settings of a run, with `data`, `split`, `embed` and the like as typed now.
 
     Raises ValueError where a typed setting contradicts how the run was trained.
     """
-    saved, nested = flat(saved), OmegaConf.create()
+    saved, merged = flat(saved), OmegaConf.create()
     if any("${" in str(value) for value in saved.values()):
-        raise ValueError(
-            "the saved settings hold an interpolation, which this program never writes; do not use files of unknown origin"
-        )
+        raise ValueError("the saved settings hold an interpolation, which this program never writes; do not use unknown files")
     for key, value in flat(dataclasses.asdict(cfg)).items():
         is_typed, trained_with = under(key, typed), saved.get(key, value)  # a setting that is newer than the run has its default
-        now = under(key, ("command", "run", "run_dir", "device", "embed", "eval", "report"))
-        if is_typed and key != "data.image_size":
-            now = now or under(key, ("data", "split"))
-        if is_typed and not now and trained_with != value and not under(key, NOT_THE_RESULT):
+        as_asked = under(key, ALWAYS_AS_ASKED) or (is_typed and under(key, AS_TYPED) and key != "data.image_size")
+        if is_typed and not as_asked and trained_with != value and not under(key, NOT_THE_RESULT):
             raise ValueError(f"{key}={value}: the checkpoint was trained with {trained_with}; leave it out, or train another run")
-        OmegaConf.update(nested, key, value if now else trained_with)
-    return load_config(nested)
+        OmegaConf.update(merged, key, value if as_asked else trained_with)
+    return load_config(merged)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run folder and its checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The run folder and its checkpoints ----
 
 
 def configure_process(device: torch.device, deterministic: bool, tf32: bool) -> None:
@@ -233,25 +226,21 @@ def configure_process(device: torch.device, deterministic: bool, tf32: bool) -> 
 def describe_machine(device: torch.device) -> dict:
     """What else is needed to repeat a run: versions, commit, hardware."""
 
-    def git(*words: str) -> str | None:
-        if not shutil.which("git"):
-            return None
-        done = subprocess.run(["git", "-C", str(PROGRAM), *words], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else None
-
     packages = ("torch", "torchvision", "numpy", "pyarrow", "hydra-core", "pillow")
-    changes = git("status", "--porcelain")
+    git = ["git", "-C", str(PROGRAM), "status", "--porcelain=v2", "--branch"]
+    done = subprocess.run(git, capture_output=True, text=True, check=False) if shutil.which("git") else None
+    told = done.stdout.splitlines() if done and done.returncode == 0 else []
     return {
         "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages},
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": None if changes is None else bool(changes),
+        "commit": next((line.split()[2] for line in told if line.startswith("# branch.oid")), None),
+        "uncommitted_changes": any(not line.startswith("#") for line in told) if told else None,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
     }
 
 
 def read_saved_settings(path: Path) -> dict:
-    """The config.yaml of a run, interpolations as they stand. Raises ValueError for a file that is none."""
+    """The config.yaml of a run, interpolations as they stand. Raises ValueError for a file that is not one."""
     try:
         saved = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
         if not isinstance(saved, dict) or not isinstance(saved.get("data"), dict):
@@ -298,7 +287,7 @@ def seal(path: Path) -> None:
     The checksums in the archive are not enough: a flipped bit in its directory can pass for other values.
     """
     with open(path, "rb+") as file:
-        file.seek(-2, os.SEEK_END)  # the archive ends with the length of its comment, so far 0
+        file.seek(-2, os.SEEK_END)  # the archive ends with the length of its comment, 0 until now
         file.write((len(SEAL) + DIGEST_BYTES).to_bytes(2, "little"))
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -306,16 +295,11 @@ def seal(path: Path) -> None:
 
 
 def check_seal(path: Path) -> None:
-    """Raise ValueError if a file is not as it was when it was sealed, or, without a seal, if a record of its archive is not."""
+    """Raise ValueError if a file is not as it was when it was sealed, or was never sealed."""
     data = np.memmap(path, np.uint8, "r")
     told = bytes(data[-len(SEAL) - DIGEST_BYTES :])
-    if told.startswith(SEAL):
-        if told != SEAL + hashlib.sha256(data[: -len(told)]).hexdigest().encode():
-            raise ValueError("does not match its checksum")
-        return
-    with zipfile.ZipFile(path) as archive:  # torch writes a CRC for each record, and does not read it
-        if damaged := archive.testzip():
-            raise ValueError(f"record {damaged} does not match its checksum")
+    if told != SEAL + hashlib.sha256(data[: -len(told)]).hexdigest().encode():
+        raise ValueError("does not match its checksum, or has none")
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -328,41 +312,31 @@ def load_checkpoint(path: Path) -> dict:
         if wrong or not {"table", "shards", "sources", "precision"} <= state["meta"].keys():
             raise ValueError(f"not a whole checkpoint of this program: {wrong or 'meta'} is not as it writes it")
         return state
-    except FileNotFoundError:
-        raise
     except Exception as error:  # zipfile, pickle and torch raise a dozen types for damaged files
         raise ValueError(f"{path}: cannot be used: {first_line(error)}") from error
 
 
 def link(target: Path, name: Path) -> None:
     """Let `name` mean the file `target`, at once, without a copy where the disk can link."""
-    temporary = name.with_name(f".{name.name}.link")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(target, temporary)
-    except OSError:
-        with write_whole(name) as copy:
-            copy.write_bytes(target.read_bytes())
-        return
-    os.replace(temporary, name)
-    temporary.unlink(missing_ok=True)  # a rename onto the same file does nothing at all
-    dataio.sync_folder(name.parent)
+    with write_whole(name) as temporary:
+        try:
+            os.link(target, temporary)
+        except OSError:
+            shutil.copyfile(target, temporary)
 
 
 def latest_checkpoint(folder: Path) -> dict | None:
     """The newest readable checkpoint of a run, None if there never was one. Raises ValueError if there are only damaged ones."""
-    paths = sorted(folder.glob("checkpoints/*.pt"), key=lambda path: (path.name != "last.pt", -path.stat().st_mtime_ns))
-    usable = []
-    for path in paths:
+    paths = list(folder.glob("checkpoints/*.pt"))
+    order = {"last.pt": 0, "best.pt": 2}  # best.pt may be older than all others
+    for path in sorted(paths, key=lambda path: (order.get(path.name, 1), -path.stat().st_mtime_ns)):
         try:
-            usable.append(load_checkpoint(path))
-            if path.name != "best.pt":
-                break
+            return load_checkpoint(path)
         except ValueError as error:
             log.error("%s; trying the one before", error)
-    if paths and not usable:
+    if paths:
         raise ValueError(f"{folder}/checkpoints: none of {len(paths)} can be read; delete the folder to train from scratch")
-    return max(usable, key=lambda state: state["step"], default=None)
+    return None
 
 
 def find_checkpoint(name: str, folder: Path) -> Path:
@@ -377,7 +351,7 @@ def find_checkpoint(name: str, folder: Path) -> Path:
 
 
 def rotate_checkpoints(folder: Path, cfg: moco.TrainConfig) -> None:
-    """Delete all but the last written two of step_*.pt and the last written of epoch_*.pt; final, best.pt and last.pt stay.
+    """Delete all but the two newest of step_*.pt and the newest of epoch_*.pt; final, best.pt and last.pt stay.
 
     By time, not by number: after a resume from an older one, those with higher numbers are the old ones.
     """
@@ -431,9 +405,7 @@ def check_same_data(saved: dict, found: dict, tables: list[str], cfg: Config, fo
         raise ValueError(f"{folder}: the data is not what the run was started on: {changed}; restore it, or set another run=")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Pictures ----
 
 STYLES = ("-", "--", ":", "-.")  # told apart in black and white, with the marks 16 of them
 GREYS = ("black", "#555555", "#888888", "#aaaaaa")
@@ -487,7 +459,7 @@ def draw_training(folder: Path) -> None:
     lines = read_log(folder)
     if not can_draw() or not lines:
         return
-    whole = {"ylim": (0, 1.05)}  # else an axis that zooms makes a drama of noise
+    whole = {"ylim": (0, 1.05)}  # else an axis that zooms exaggerates noise
     panels = (
         (("loss", "chance_loss"), "loss [nats]", {}),
         (("pos_sim", "neg_sim", "neg_max"), "cosine", {}),
@@ -540,7 +512,7 @@ def draw_neighbours(path: Path, data: dataio.VectorTable, ours: moco.Measured, c
     wrong = int((found.rank > 1).sum())
     shown = np.concatenate([order[: min(6, wrong)], order[wrong : wrong + 2]])
     rows = np.concatenate([drawn.probes[shown][:, None], faces[found.row[shown]]], axis=1)  # [8, 6] of the file
-    keys = {row: (data.sources[row], data.keys[row].split("/", 1)[1], data.names[row]) for row in rows.ravel().tolist()}
+    keys = {row: (data.sources[row], data.files[row], data.names[row]) for row in rows.ravel().tolist()}
     side, pictures, wanted = data.note.get("split"), {}, set(keys.values())
     with contextlib.suppress(ValueError, OSError):
         if side or cfg.embed.test_glob:  # else they are vectors of other files than the run's
@@ -577,12 +549,10 @@ def draw_results(folder: Path, data: dataio.VectorTable, measured: dict[str, moc
     draw_neighbours(plots / "neighbours.png", data, ours, cfg)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# split
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- split ----
 
 
-def split(cfg: Config, folder: Path) -> None:
+def split(cfg: Config, *_: object) -> None:
     """Write the split table, extended to new identities, and, if asked for, each side as shards."""
     splits = dataio.find_splits(cfg.data, cfg.split, extend=True)
     log.info("%s: %s", cfg.split.table, splits)
@@ -595,9 +565,7 @@ def split(cfg: Config, folder: Path) -> None:
         log.info("%s: %d shards, %.2f GB", out_dir, len(shards), sum(path.stat().st_size for path in shards) / 1e9)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# train
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- train ----
 
 
 class StopAsked:
@@ -618,34 +586,27 @@ class StopAsked:
 
 
 class Timer:
-    """Images a second and the share of the time that the step waited for data, since the last lap."""
+    """Images a second and the share of the time that steps waited for data, since the last lap."""
 
-    def __init__(self, batch_size: int):
-        self.batch_size, self.steps, self.waited = batch_size, 0, 0.0
-        self.started = self.lap_started = self.drawn = time.perf_counter()
+    def __init__(self) -> None:
+        self.started = self.lap_started = time.perf_counter()
+        self.images, self.waited = 0, 0.0
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
+    def next(self, batches: Iterator[Tensor]) -> Tensor:
         start = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - start
-        self.steps += 1
-
-    def is_time_to_draw(self) -> bool:
-        """Once in five seconds at most, so that tiny epochs are not spent on drawing."""
-        now = time.perf_counter()
-        due = now - self.drawn > 5
-        self.drawn = now if due else self.drawn
-        return due
+        images = next(batches)
+        self.waited, self.images = self.waited + time.perf_counter() - start, self.images + len(images)
+        return images
 
     def lap(self) -> dict[str, float]:
         now = time.perf_counter()
-        passed = now - self.lap_started
+        passed, rate = now - self.lap_started, self.images / (now - self.lap_started)
         figures = {
-            "images_per_s": round(self.steps * self.batch_size / passed, 1), "data_wait": round(self.waited / passed, 4),
+            "images_per_s": round(rate, 1),
+            "data_wait": round(self.waited / passed, 4),
             "seconds": round(now - self.started, 2),
-        }  # fmt: skip
-        self.lap_started, self.waited, self.steps = now, 0.0, 0
+        }
+        self.lap_started, self.images, self.waited = now, 0, 0.0
         return figures
 
 
@@ -733,13 +694,6 @@ def save_checkpoint(run: Run, epoch: int | None) -> None:
     rotate_checkpoints(run.folder, run.cfg.train)
 
 
-def start_log(folder: Path, step: int, log_every: int) -> None:
-    """Keep the lines of the log up to `step`; a line of an unplanned stop goes too, so that the log is that of an unbroken run."""
-    planned = step % log_every == 0
-    kept = [e for e in read_log(folder) if e["step"] < step or (e["step"] == step and (planned or "monitor_loss" in e))]
-    write_text(folder / "train_log.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept))
-
-
 def say_what_trains(run: Run, sources: list[dataio.Passes], streams: list[dataio.ParquetImageStream], shards: bool) -> None:
     """Log the data, the network, the order, and what of these will make the figures worse."""
     cfg, schedule, training = run.cfg, run.schedule, run.training
@@ -764,14 +718,14 @@ def say_what_trains(run: Run, sources: list[dataio.Passes], streams: list[dataio
 
 
 def step_figures(run: Run, out: moco.StepOutput, grad_norm: Tensor, lr: float, key_momentum: float) -> dict:
-    """What a line of the log says of a step; the only place of the loop that waits for the device."""
+    """What a line of the log says of a step; reading it waits for the device."""
     cfg, step, schedule = run.cfg, run.training.step, run.schedule
     since = max(0, (step - 1) // cfg.train.log_every * cfg.train.log_every)
-    tensors = {name: round(value.item(), 6) for name, value in out._asdict().items() if value.ndim == 0 and name != "queue_ptr"}
+    tensors = {name: round(value.item(), 6) for name, value in out._asdict().items() if value.ndim == 0}
     return {
         "step": step, "epoch": (step - 1) // schedule.steps_per_epoch + 1, **tensors,
         "chance_loss": round(moco.chance_loss(cfg.moco.queue_size, cfg.moco.temperature, cfg.moco.margin), 6),
-        "queue_ptr": int(out.queue_ptr), "lr": lr, "key_momentum": key_momentum,
+        "queue_ptr": int(run.training.model.queue_ptr), "lr": lr, "key_momentum": key_momentum,
         "grad_norm": round(float(grad_norm), 6) if torch.isfinite(grad_norm) else None,  # a step that fp16 skipped: NaN is no JSON
         "digiface_share": round(schedule.digiface_share(since, step), 4),
     }  # fmt: skip
@@ -794,33 +748,32 @@ def run_steps(run: Run, monitor: list[tuple[Tensor, Tensor]], last_step: int) ->
     cfg, training, schedule = run.cfg, run.training, run.schedule
     if cfg.train.compile:
         training.compile()
-    timer, told_signs = Timer(cfg.train.batch_size), set()
+    timer, told_signs, drawn_at = Timer(), set(), time.monotonic()
     counts = {"total": schedule.total_steps * schedule.batch_size, "initial": training.step * schedule.batch_size}
     with (
         contextlib.closing(run.batches(training.step, last_step)) as batches, open(run.folder / "train_log.jsonl", "a") as log_file,
         progress(**counts, desc="training", unit="image", smoothing=0.1) as bar, StopAsked() as stop,
     ):  # fmt: skip
         for step in range(training.step, last_step):
-            with timer.waiting():
-                images = next(batches)  # uint8 [B, 3, 112, 112], on the device
-            view_q, view_k = run.views(images, "augment", step)  # float [B, 3, 112, 112] in [-1, 1]
+            images = timer.next(batches)  # uint8 [B, 3, S, S], on the device
+            view_q, view_k = run.views(images, "augment", step)  # float [B, 3, S, S] in [-1, 1]
             lr = moco.lr_at(step, schedule.total_steps, schedule.steps_per_epoch, cfg.train)
             momentum = moco.key_momentum_at(step / schedule.total_steps, cfg.moco.key_momentum, cfg.moco.key_momentum_schedule)
             out, grad_norm = training.take_step(view_q, view_k, lr, momentum, draw(cfg.seed, "step", step))
 
             bar.update(len(images))
-            epoch, in_epoch = divmod(training.step, schedule.steps_per_epoch)
+            epoch, epoch_ends = training.step // schedule.steps_per_epoch, training.step % schedule.steps_per_epoch == 0
             told_to_stop = stop.signal  # read once: a signal that comes later in this step is for the next one
             stopping = training.step == last_step or told_to_stop is not None
-            due_to_log = training.step % cfg.train.log_every == 0 or in_epoch == 0 or stopping
+            due_to_log = training.step % cfg.train.log_every == 0 or epoch_ends or stopping
             due_to_save = cfg.train.save_every_steps and training.step % cfg.train.save_every_steps == 0
             if due_to_log or due_to_save:
                 stop_if_not_finite(run)
-            if in_epoch == 0 or training.step == last_step:
+            if epoch_ends or training.step == last_step:
                 training.monitor["last"] = training.measure_monitor(monitor)
             if due_to_log:
                 entry = step_figures(run, out, grad_norm, lr, momentum) | timer.lap()
-                if in_epoch == 0:
+                if epoch_ends:
                     entry |= {"monitor_loss": training.monitor["last"], "monitor_untrained": training.monitor["untrained"]}
                 log_file.write(json.dumps(entry) + "\n")
                 log_file.flush()
@@ -828,12 +781,13 @@ def run_steps(run: Run, monitor: list[tuple[Tensor, Tensor]], last_step: int) ->
                 told = f"loss={entry['loss']:.3f}, top1={entry['instance_top1']:.2f}, wait={entry['data_wait']:.0%}"
                 bar.set_postfix_str(told, refresh=False)
                 tell_signs(entry, run, told_signs)
-            if in_epoch == 0 and (epoch % cfg.train.save_every_epochs == 0 or stopping):
+            if epoch_ends and (epoch % cfg.train.save_every_epochs == 0 or stopping):
                 training.monitor["best"] = min(training.monitor["best"], training.monitor["last"])  # of the epochs that are saved
                 save_checkpoint(run, epoch)
             elif stopping or due_to_save:
                 save_checkpoint(run, None)
-            if stopping or (in_epoch == 0 and timer.is_time_to_draw()):
+            if stopping or (epoch_ends and time.monotonic() > drawn_at + 5):  # tiny epochs are not spent on drawing
+                drawn_at = time.monotonic()
                 with not_vital("train.png"):
                     draw_training(run.folder)
             if told_to_stop is not None:
@@ -869,7 +823,7 @@ def train(cfg: Config, folder: Path) -> float:
             log.info("going on from step %d of %d", training.step, schedule.total_steps)
             if saved["meta"]["precision"] != str(training.precision):
                 log.warning("the run went in %s so far, this device goes on in %s", saved["meta"]["precision"], training.precision)
-        resumed, saved = saved is not None, None  # a checkpoint is four times the weights
+        resumed, saved = saved is not None, None  # a checkpoint is some four times the weights
         sources = dataio.cached(streams, cfg.data, device)
         meta |= {"precision": str(training.precision), **describe_machine(device)}
         write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg))))
@@ -879,14 +833,14 @@ def train(cfg: Config, folder: Path) -> float:
         monitor = draw_monitor(run)
         if not resumed:
             start_afresh(run, monitor)
-        start_log(folder, training.step, cfg.train.log_every)
+        planned = training.step % cfg.train.log_every == 0  # a line of an unplanned stop goes: the log is that of an unbroken run
+        kept = [e for e in read_log(folder) if e["step"] < training.step + (planned or "monitor_loss" in e)]
+        write_text(folder / "train_log.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept))
         run_steps(run, monitor, last_step)
         return -min(training.monitor["best"], training.monitor["last"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# embed
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- embed ----
 
 REFERENCE_IMAGES = 4096  # train images that the references are fitted on
 REFERENCES = ("untrained", "pca")
@@ -937,7 +891,7 @@ def count_trained_on(cfg: Config, table: str) -> int | None:
         log.warning(told, cfg.split.table)
         return None
     found = dataio.collect_unique_identities(cfg.embed.test_glob, cfg.data.columns)
-    return len({*splits.identities["train"], *splits.identities["val"]}.intersection(found))
+    return len(splits.trained.intersection(found))
 
 
 def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
@@ -946,7 +900,7 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     state = load_checkpoint(path)
     cfg, table = settings_of(state["config"], cfg, typed), state["meta"]["table"]
     device = moco.pick_device(cfg.device)
-    configure_process(device, deterministic=True, tf32=False)  # fp32 in earnest, the same each time
+    configure_process(device, deterministic=True, tf32=False)  # true fp32, the same each time
     model = build_model(cfg)
     moco.load_weights(model, state["model"])
     side = None if cfg.embed.test_glob else cfg.embed.split
@@ -962,8 +916,6 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     encoders = {"trained": moco.freeze(model.query.backbone, device, cfg.embed.flip)}
     if train_rows and cfg.embed.references:
         encoders |= reference_encoders(cfg, train_rows, device)
-    for name in files.keys() - encoders.keys():  # of other pictures than those embedded now
-        files[name].unlink(missing_ok=True)
     note = {
         "table": table, "split": side, "step": state["step"], "flip": cfg.embed.flip,
         "data": [index.fingerprint for index in rows.indices.values()], "trained_on": 0 if side else count_trained_on(cfg, table),
@@ -989,23 +941,12 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
         leaked = dataio.count_pictures(train_rows, hashes) if train_rows and cfg.embed.leak_check else None
         for writer in writers.values():
             writer.close({} if leaked is None else {"sniperface.pictures_in_train": str(leaked)})
+    for name in files.keys() - encoders.keys():  # stale: made from other pictures
+        files[name].unlink(missing_ok=True)
     log.info("%s: %d vectors by %s (step %d)", out, writers["trained"].rows, path, state["step"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# eval
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def find_embeddings(name: str, folder: Path) -> Path:
-    """In the run's folder first, then where the user stands."""
-    path = next((path for path in (folder / name, Path(name)) if path.is_file()), None)
-    if path is None:
-        raise FileNotFoundError(
-            f"{folder / name}: no such file, nor {Path(name).absolute()}; command=embed writes it, or set eval.embeddings"
-        )
-    log.info("measuring %s", path)
-    return path
+# ---- eval ----
 
 
 def check_provenance(path: Path, data: dataio.VectorTable, cfg: Config, folder: Path) -> int | None:
@@ -1024,12 +965,16 @@ def check_provenance(path: Path, data: dataio.VectorTable, cfg: Config, folder: 
     if not note:
         told = "%s: not written by embed: nobody can tell here whether its identities were trained on, nor by which checkpoint"
         log.warning(told, path)
-        if splits and (trained := names & {*splits.identities["train"], *splits.identities["val"]}):
-            told = "LEAK? %d of its identities, such as %r, have names of the train side of %s; the same people make worthless figures"
+        if splits and (trained := names & splits.trained):
+            told = "LEAK? %d of its identities, such as %r, are named like people trained on in %s; if they are the same, the figures are worthless"
             log.warning(told, len(trained), min(trained), cfg.split.table)
         return None
     if note.get("trained_on") is None:
         log.warning("%s: embed could not tell whether its identities were trained on", path)
+    lines, made_at = read_log(folder), note.get("step")
+    if cfg.embed.checkpoint == "last" and lines and made_at not in (None, lines[-1]["step"]):
+        told = "%s is of step %d, the run is at step %d: command=embed brings it up to date"
+        log.warning(told, path, made_at, lines[-1]["step"])
     made_with, ours = note.get("table"), {start["table"] for start in read_starts(folder)}
     if made_with and ours and made_with not in ours:
         raise ValueError(f"{path}: its checkpoint was trained with split table {made_with}, the run in {folder} with {min(ours)}")
@@ -1046,14 +991,6 @@ def check_provenance(path: Path, data: dataio.VectorTable, cfg: Config, folder: 
     return len(asked)
 
 
-def check_step(path: Path, data: dataio.VectorTable, cfg: Config, folder: Path) -> None:
-    """Warn where the run has gone on since the vectors were made."""
-    lines, made_at = read_log(folder), data.note.get("step")
-    if cfg.embed.checkpoint == "last" and lines and made_at not in (None, lines[-1]["step"]):
-        told = "%s is of step %d, the run is at step %d: command=embed brings it up to date"
-        log.warning(told, path, made_at, lines[-1]["step"])
-
-
 def count_leaks(data: dataio.VectorTable, drawn: moco.Enrolment) -> dict[str, int | None]:
     """Count what would flatter the figures, and warn loudly: equal pictures in gallery and probes, test pictures in train."""
     twins = None
@@ -1062,16 +999,17 @@ def count_leaks(data: dataio.VectorTable, drawn: moco.Enrolment) -> dict[str, in
     leaks = {"probes_equal_to_enrolled": twins, "pictures_in_train": data.note.get("pictures_in_train")}
     for what, count in leaks.items():
         if count:
-            log.warning("LEAK: %d %s, byte for byte: the figures are too good; remove the doubles", count, what.replace("_", " "))
+            log.warning(
+                "LEAK: %d %s, byte for byte: the figures are too good; remove the duplicates", count, what.replace("_", " ")
+            )
     return leaks
 
 
 def measure_pairs(path: Path, data: dataio.VectorTable, fars: list[float]) -> dict:
     """The figures of a pair protocol such as LFW's."""
-    pairs = dataio.read_pairs(path, data)
-    score = np.einsum("nd,nd->n", data.vectors[pairs.a], data.vectors[pairs.b])
+    a, b, same, fold = dataio.read_pairs(path, data)
     try:
-        return moco.pair_figures(score, pairs.same, pairs.fold, fars)
+        return moco.pair_figures(np.einsum("nd,nd->n", data.vectors[a], data.vectors[b]), same, fold, fars)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -1120,7 +1058,8 @@ def write_report(folder: Path, metrics: dict, table: str, cfg: Config) -> None:
     draws, gallery, first = metrics["enrolment_draws"], metrics["gallery"], f"rank{cfg.eval.top_k[0]}"
     references = {name: metrics[name] for name in REFERENCES if name in metrics}
     chance = {f"rank{k}": min(1, k / gallery) for k in {1, 5, 10, *cfg.eval.top_k}} | {f"tar@{far:g}": far for far in cfg.eval.fars}
-    chance |= {"auc": 0.5, "eer": 0.5, "mrr": float((1 / np.arange(1, gallery + 1)).mean())}
+    ranks = np.minimum(np.arange(1, gallery + 1), moco.last_rank(cfg.eval) + 1)
+    chance |= {"auc": 0.5, "eer": 0.5, "mrr": float((1 / ranks).mean())}
     names = ("cmc", "roc", "similarity", "neighbours", "train", "views")
     values = {
         "run": folder.name, "table": table, "first": first, "made_from": json.dumps(metrics["made_from"]),
@@ -1147,18 +1086,21 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
     """Measure an embeddings file: figures to metrics.json, a table to the terminal, pictures and report.md to the run's folder."""
     if (folder / "config.yaml").exists():
         cfg = settings_of(read_saved_settings(folder / "config.yaml"), cfg, typed)
-    path, device = find_embeddings(cfg.eval.embeddings, folder), moco.pick_device(cfg.device)
-    data = dataio.read_vectors(path)
+    path = next((path for path in (folder / cfg.eval.embeddings, Path(cfg.eval.embeddings)) if path.is_file()), None)
+    if path is None:
+        places = f"{folder / cfg.eval.embeddings}: no such file, nor {Path(cfg.eval.embeddings).absolute()}"
+        raise FileNotFoundError(f"{places}; command=embed writes it, or set eval.embeddings")
+    log.info("measuring %s", path)
+    device, data = moco.pick_device(cfg.device), dataio.read_vectors(path)
     moco.check_vectors(data.vectors, str(path))
     asked = check_provenance(path, data, cfg, folder)
-    check_step(path, data, cfg, folder)
     metrics, ours = moco.evaluate(data, cfg.eval, device)
     metrics |= {
         "identities_asked": asked, "embeddings": str(path), "made_from": data.note, "leaks": count_leaks(data, ours.drawn),
         "pair_protocol": measure_pairs(Path(cfg.eval.pairs), data, cfg.eval.fars) if cfg.eval.pairs else {},
     }  # fmt: skip
     if metrics["gallery"] <= max(cfg.eval.top_k):
-        log.warning("only %d identities are enrolled: Rank-%d finds everybody", metrics["gallery"], max(cfg.eval.top_k))
+        log.warning("only %d identities are enrolled: Rank-%d is always 1", metrics["gallery"], max(cfg.eval.top_k))
     measured, data = {"trained": ours}, data._replace(vectors=np.empty((0, 0)))  # the next ones are as large: one at a time
     for name in REFERENCES:
         if reference := read_reference(path, name, data):
@@ -1178,9 +1120,7 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
     return metrics
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# report: several runs side by side
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- report: several runs side by side ----
 
 
 def difference_to(first: Path, run: Path, cfg: Config) -> dict[str, float | None]:
@@ -1192,8 +1132,8 @@ def difference_to(first: Path, run: Path, cfg: Config) -> dict[str, float | None
     base, ours = (pq.read_table(file).sort_by([("identity_id", "ascending"), ("picture", "ascending")]) for file in files)
     if not base.select(["identity_id", "picture"]).equals(ours.select(["identity_id", "picture"])):
         return dict.fromkeys(names)
-    hits = [{"rank1": table["rank"].to_numpy() == 1} for table in (ours, base)]
-    change = moco.differences(*hits, np.array(base["identity_id"].to_pylist()), cfg.eval.seed, cfg.eval.bootstrap)["rank1"]
+    hits = [table["rank"].to_numpy() == 1 for table in (ours, base)]
+    change = moco.paired_difference(*hits, np.array(base["identity_id"].to_pylist()), cfg.eval.seed, cfg.eval.bootstrap)
     return dict(zip(names, change, strict=True))
 
 
@@ -1239,15 +1179,13 @@ def report(cfg: Config, pattern: str) -> None:
     log.info("%s: %d runs", out / "table.csv", len(runs))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Dispatch
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Dispatch ----
 
 
-def train_for_objective(cfg: Config, folder: Path) -> float:
+def train_for_objective(cfg: Config, folder: Path, typed: set[str]) -> float:
     """Train; returns what sweepers maximise: Rank-1 of the validation identities if there are any, else minus the monitor."""
     if cfg.split.materialize == "yes":
-        split(cfg, folder)
+        split(cfg)
     monitor = train(cfg, folder)
     if not cfg.split.validation_ratio:
         return monitor
@@ -1255,22 +1193,22 @@ def train_for_objective(cfg: Config, folder: Path) -> float:
         cfg.embed, checkpoint="last", split="val", test_glob=None, references=False, leak_check=False,
         out="embeddings/val_embeddings.parquet",
     )  # fmt: skip
-    embed(dataclasses.replace(cfg, embed=chosen), folder)
+    embed(dataclasses.replace(cfg, embed=chosen), folder, typed)
     vectors = dataio.read_vectors(folder / chosen.out)
     return moco.closed_set_rates(vectors, cfg.eval, cfg.eval.enroll_per_id, cfg.eval.seed)["rank1"].value
 
 
 def train_and_measure(cfg: Config, folder: Path, typed: set[str]) -> float:
     """The whole path in one process: table, train, embed, eval."""
-    objective = train_for_objective(cfg, folder)
+    objective = train_for_objective(cfg, folder, typed)
     embed(cfg, folder, typed)
     evaluate(cfg, folder, typed)
     return objective
 
 
 COMMANDS: dict[str, Callable[[Config, Path, set[str]], float | None]] = {
-    "split": lambda cfg, folder, typed: split(cfg, folder),
-    "train": lambda cfg, folder, typed: train_for_objective(cfg, folder),
+    "split": split,
+    "train": train_for_objective,
     "embed": embed,
     "eval": lambda cfg, folder, typed: evaluate(cfg, folder, typed) and None,
     "all": train_and_measure,
