@@ -1,19 +1,21 @@
-"""What the benchmarks share: made data of the real shape, alternating rounds, and the one table that each prints.
+"""What the benchmarks share: made data of the real shape, options, alternating rounds, and the one table that each prints.
 
-Nothing here asserts a time: a table says what was measured, on which machine, beside what, and what the goal is.
+Nothing here asserts a time: a table says what was measured, on which machine, beside what, and what the goal is. Linux only.
 """
 
-import contextlib
+import argparse
 import ctypes
+import functools
 import io
+import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,45 +30,46 @@ sys.path.insert(0, str(ROOT))  # so that a benchmark runs from anywhere
 
 import dataio  # noqa: E402
 
-SIDE = 112
-CLOCK = [time.perf_counter]  # or time.process_time, see `use_one_core`
-SCHEMA = pa.schema([("identity_id", pa.string()), ("image_filename", pa.string()), ("image_bytes", pa.binary())])
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data of the real shape
-# ---------------------------------------------------------------------------------------------------------------------
+ON_GPU = torch.cuda.is_available()
+clock = time.perf_counter  # or time.process_time, with --cpu-time
+WIDTHS = (3, 62, 12, 32, 12, 22, 10, 4)  # of the table's columns
 
 
+@functools.cache
 def make_pictures(kind: str, count: int = 256) -> list[bytes]:
     """Noise over smooth shapes, 112 x 112: PNG of about 20 kB or JPEG of about 7 kB, as the two real sources have."""
     rng, pictures = np.random.default_rng(0), []
     noise, options = (1.0, {"compress_level": 3}) if kind == "png" else (5.0, {"quality": 95})
     for _ in range(count):
-        shapes = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-        pixels = np.asarray(shapes, np.float32) + rng.normal(0, noise, (SIDE, SIDE, 1))
+        shapes = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((112, 112), Image.Resampling.BICUBIC)
+        pixels = np.asarray(shapes, np.float32) + rng.normal(0, noise, (112, 112, 1))
         encoded = io.BytesIO()
         Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(encoded, kind, **options)
         pictures.append(encoded.getvalue())
     return pictures
 
 
-def digiface_codes(share: float = 1.0) -> np.ndarray:
-    """The identity of each row of DigiFace-1M, sorted: 10,000 people of 72 pictures, 100,000 of 5; or a share of the people."""
-    counts = np.repeat([72, 5], [round(10_000 * share), round(100_000 * share)])
-    return np.repeat(np.arange(len(counts)), counts)  # [1.22 million * share]
-
-
-def write_faces(path: Path, codes: np.ndarray, pictures: list[bytes], group: int = 1000) -> str:
+def write_rows(path: Path, codes: np.ndarray, pictures: list[bytes], group: int = 1000) -> str:
     """Write a row for each identity code [N], in row groups of `group` rows, from a pool of pictures; gives the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    names = [f"{code}/{row}.png" for row, code in enumerate(codes)]
+    which = pa.array(np.arange(len(codes)) % len(pictures))
+    images = pa.DictionaryArray.from_arrays(which, pa.array(pictures, pa.binary()))  # each once; the file has them all
+    table = pa.table({"identity_id": codes.astype(str), "image_filename": names, "image_bytes": images})
     packing = {"compression": {"image_bytes": "none"}, "use_dictionary": ["identity_id"], "write_page_index": False}
-    with pq.ParquetWriter(path, SCHEMA, **packing) as writer:
-        for start in range(0, len(codes), group):
-            part = codes[start : start + group].tolist()
-            names = [f"{code}/{row}.png" for row, code in enumerate(part, start)]
-            images = [pictures[row % len(pictures)] for row in range(start, start + len(part))]
-            writer.write_table(pa.table([list(map(str, part)), names, images], SCHEMA), row_group_size=group)
+    pq.write_table(table, path, row_group_size=group, store_schema=False, **packing)
     return str(path)
+
+
+def write_faces(folder: Path, rows: int, kind: str = "png", group: int = 1000) -> str:
+    """Pictures of full size, 72 of a person."""
+    return write_rows(folder / f"{kind}_{rows}_{group}.parquet", np.arange(rows) // 72, make_pictures(kind), group)
+
+
+def write_digiface(folder: Path, share: float = 1.0) -> str:
+    """DigiFace-1M's rows with 16 bytes for a picture, sorted: 10,000 people of 72 and 100,000 of 5, 1.22 million; or a share."""
+    counts = np.repeat([72, 5], [round(10_000 * share), round(100_000 * share)])
+    return write_rows(folder / f"digiface_{share:.2f}.parquet", np.repeat(np.arange(len(counts)), counts), [bytes(16)])
 
 
 def read_settings(group: str, name: str) -> dict:
@@ -80,126 +83,106 @@ def read_augmentation() -> dataio.AugmentConfig:
     return dataio.AugmentConfig(**{k: dataio.Op(**v) if isinstance(v, dict) else v for k, v in settings.items()})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def clock() -> float:
-    return CLOCK[0]()
-
-
 def keep_freed_memory(keep: bool) -> None:
     """The C library's memory as sniperface.configure_process sets it on the CPU, or as it sets itself after a few large tensors."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        for option, value in ((-4, 0 if keep else 65536), (-1, 2**31 - 1 if keep else 64 << 20), (-3, 32 << 20)):
-            libc.mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    libc = ctypes.CDLL(None)
+    for option, value in ((-4, 0 if keep else 65536), (-1, 2**31 - 1 if keep else 64 << 20), (-3, 32 << 20)):
+        libc.mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 
 
-def use_one_core() -> None:
-    """Count what this process computes, on one thread, instead of what the clock says: for a machine that others use as well."""
-    CLOCK[0] = time.process_time
-    torch.set_num_threads(1)
-
-
-@contextlib.contextmanager
-def on_cores(count: int) -> Iterator[None]:
-    """Keep this thread, and all that it starts meanwhile, on so many cores (Linux only)."""
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    usual = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(usual)[:count])
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, usual)
-
-
-def steady_rate(batches: Iterator, seconds: float, warm: int = 6, close: bool = True) -> float:
-    """Items a second of an endless sequence of batches, once its queues have filled; closes the sequence."""
-    for _ in range(warm):
-        next(batches)
-    count, start = 0, clock()
-    while (passed := clock() - start) < seconds or not count:
-        count += len(next(batches))
-    if close:
-        batches.close()
-    return count / passed
-
-
-def seconds_of(function: Callable[[], object]) -> float:
+def seconds_of(work: Callable[[], object]) -> float:
     start = clock()
-    function()
+    work()
     return clock() - start
+
+
+def rate_of(work: Callable[[], int], seconds: float, warm: int = 1, cores: int | None = None, keep: bool = not ON_GPU) -> float:
+    """The items a second that `work` says it did, over whole calls of it, on so many cores; `keep`: see `keep_freed_memory`."""
+    wait = torch.cuda.synchronize if ON_GPU else lambda: None
+    keep_freed_memory(keep)
+    usual = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(usual)[:cores])  # of what `work` starts, too
+    for _ in range(warm):
+        work()
+    wait()
+    done, start = 0, clock()
+    while not done or clock() - start < seconds:
+        done += work()
+    wait()
+    passed = clock() - start
+    os.sched_setaffinity(0, usual)
+    return done / passed
 
 
 def peak_mb() -> float:
     """The most memory this process ever held. Not ru_maxrss: that of a started process begins at its parent's peak."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS, in bytes
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def alternate(contenders: dict[str, Callable[[], float]], rounds: int = 5) -> dict[str, list[float]]:
-    """One figure of each contender a round, A B A B, so that what else the machine does hits them alike."""
-    figures: dict[str, list[float]] = {name: [] for name in contenders}
+def in_own_process(function: Callable, *arguments: object) -> tuple[float, float, float]:
+    """Of `function` in a new process: seconds, the process's peak of memory in MB, and by how much that rose."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        before = pool.submit(peak_mb).result()
+        seconds = pool.submit(seconds_of, functools.partial(function, *arguments)).result()
+        peak = pool.submit(peak_mb).result()
+    return seconds, peak, peak - before
+
+
+def print_line(*cells: object, widths: Sequence[int] = WIDTHS) -> None:
+    print("| " + " | ".join(str(cell).ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |", flush=True)
+
+
+def print_head(*names: str, widths: Sequence[int] = WIDTHS) -> None:
+    """Machine, load and versions in one line, then the head of the table."""
+    cpu = next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, load {os.getloadavg()[0]:.1f} at the start"
+    gpu = torch.cuda.get_device_name() if ON_GPU else "no GPU"
+    modules = [sys.modules[name] for name in ("torch", "torchvision", "PIL", "pyarrow", "numpy", "faiss") if name in sys.modules]
+    versions = [f"{module.__name__} {module.__version__}" for module in modules]
+    print(", ".join([cpu, threads, gpu, clock.__name__, f"Python {platform.python_version()}", *versions]), flush=True)
+    print_line(*names, widths=widths)
+    print_line(*("-" * width for width in widths), widths=widths)
+
+
+def compare(rounds: int, *rows: tuple) -> None:
+    """Measure and print rows (number, what, ours, beside, theirs, goal); ours and theirs measure when called, or theirs is a limit.
+
+    One figure of each contender a round, A B A B, so that what else the machine does hits them alike. Shown are the medians of
+    both and of the rounds' ratios, which a goal, like ">= 0.9", is held against.
+    """
+    figures = {contender: [] for row in rows for contender in (row[2], row[4])}
     for _ in range(rounds):
-        for name, measure in contenders.items():
-            figures[name].append(measure())
-    return figures
+        for contender, measured in figures.items():
+            measured.append(contender() if callable(contender) else contender)
+    for number, what, ours, beside, theirs, goal in rows:
+        ratios = [a / b for a, b in zip(figures[ours], figures[theirs], strict=True)]
+        middle = statistics.median(ratios)
+        sense, _, limit = goal.partition(" ")
+        met = "" if not goal else "yes" if (middle >= float(limit) if sense == ">=" else middle <= float(limit)) else "no"
+        medians = [statistics.median(figures[contender]) for contender in (ours, theirs)]
+        a, b = (f"{median:,.0f}" if median >= 100 else f"{median:.3g}" for median in medians)
+        print_line(number, what, a, beside, b, f"{middle:.3f} ({min(ratios):.2f}..{max(ratios):.2f})", goal, met)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The table
-# ---------------------------------------------------------------------------------------------------------------------
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cpu-time", action="store_true", help="count processor time, on one core: for a busy machine")
+    return parser
 
 
-def describe_machine() -> str:
-    """Machine, load and versions in one line."""
-
-    def version_of(package: str) -> str:
-        try:
-            return f"{package} {version(package)}"
-        except PackageNotFoundError:
-            return f"no {package}"
-
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    load = f"load {os.getloadavg()[0]:.1f} at the start"
-    packages = ("torch", "torchvision", "pillow", "pyarrow", "numpy", "faiss-cpu")
-    load += ", processor time" if CLOCK[0] is time.process_time else ""
-    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {load}"
-    return ", ".join([cpu, threads, gpu, f"Python {platform.python_version()}", *map(version_of, packages)])
-
-
-WIDTHS = (3, 62, 12, 32, 12, 22, 10, 4)  # of the columns
-
-
-def print_line(*cells: str) -> None:
-    print("| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, WIDTHS, strict=True)) + " |", flush=True)
-
-
-def print_head() -> None:
-    print(describe_machine(), flush=True)
-    print_line("#", "what (unit of ours and theirs)", "ours", "beside", "theirs", "ratio (lowest..highest)", "goal", "met")
-    print_line(*("-" * width for width in WIDTHS))
-
-
-def shown(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def print_row(number: str, what: str, ours: list[float], beside: str, theirs: list[float], goal: str = "") -> None:
-    """Medians of both sides and of the rounds' ratios, which the goal, like ">= 0.9", is held against."""
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    middle, met = statistics.median(ratios), ""
-    if goal:
-        sense, limit = goal.split()
-        met = "yes" if (middle >= float(limit) if sense == ">=" else middle <= float(limit)) else "no"
-    spread = f"{middle:.3f} ({min(ratios):.2f}..{max(ratios):.2f})"
-    print_line(number, what, shown(statistics.median(ours)), beside, shown(statistics.median(theirs)), spread, goal, met)
+def measure(parser: argparse.ArgumentParser, parts: dict[str, Callable[[argparse.Namespace, Path], None]], *asked: str) -> None:
+    """Read the options, print the head of the table and measure the parts: by default all but those that must be asked for."""
+    global clock
+    usual = [part for part in parts if part not in asked]
+    parser.add_argument("--only", nargs="*", choices=parts, default=usual, help=f"parts to measure, by default {' '.join(usual)}")
+    args = parser.parse_args()
+    args.cores = 1 if args.cpu_time else os.cpu_count() or 1
+    if args.cpu_time:
+        clock = time.process_time
+        torch.set_num_threads(1)
+    print_head("#", "what (unit of ours and theirs)", "ours", "beside", "theirs", "ratio (lowest..highest)", "goal", "met")
+    for part in args.only:
+        with tempfile.TemporaryDirectory(prefix="sniperface_bench_") as folder:
+            parts[part](args, Path(folder))

@@ -1,85 +1,62 @@
 """The training step beside the usual way, its parts, and the whole loop. Minutes; one command for CPU and GPU.
 
-    uv run python tests/bench/step.py [--model tiny iresnet50] [--batch N] [--queue N] [--seconds S] [--compile]
+    uv run python tests/bench/step.py [--model tiny iresnet50] [--batch N] [--queue N] [--seconds S] [--compile] [--no-loop]
 
-| # | what | goal |
-|---|---|---|
-| 8 | step on the CPU, beside the usual way | 3x |
-| 9 | step on an H200-class GPU, iResNet-50, batch 512, queue 32,768 | 3,500 pairs/s required, 5,000 the goal; 2x the usual way |
-|   | its share of the measured bf16 matrix peak; augmentation as a share of the step | stated; under 8 % |
-| 10 | the loop from device cache, decoded cache and materialised shards, beside the step alone | 0.95 of it |
-
-Ours: the project's MoCo (guard and all), bf16 where the device has it, channels_last, fused SGD, views made in the step. The usual
-way: the same encoder eager in NCHW, MoCo as in facebookresearch/moco with a cloned queue and an .item() a step, the framework's
-default autocast, views ready beforehand. Runs with torch >= 2.11, without Hydra, polars and faiss. Rates are pairs a second.
+Rows 8 (CPU) and 9 (GPU) are the step, row 10 the loop from each kind of data beside the step alone. Ours: the project's MoCo (guard
+and all), bf16 where the device has it, channels_last, fused SGD, views made in the step. The usual way: the same encoder eager in
+NCHW, MoCo as in facebookresearch/moco with a cloned queue and an .item() a step, the framework's default autocast, views ready
+beforehand. Runs with torch >= 2.11, without Hydra, polars and faiss. Rates are pairs a second.
 """
 
 import argparse
 import copy
-import statistics
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
-import numpy as np
+import common
 import torch
 import torch.nn.functional as F
-from common import (
-    alternate,
-    clock,
-    keep_freed_memory,
-    make_pictures,
-    print_head,
-    print_row,
-    read_augmentation,
-    read_settings,
-    use_one_core,
-    write_faces,
-)
+from common import ON_GPU, compare, rate_of
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dataio
 import moco
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Ours and the usual way
-# ---------------------------------------------------------------------------------------------------------------------
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 
 def build_encoder(name: str) -> moco.IResNet:
-    return moco.build_backbone(moco.BackboneConfig(**read_settings("backbone", name)))
+    return moco.build_backbone(moco.BackboneConfig(**common.read_settings("backbone", name)))
 
 
-def best_precision(device: torch.device) -> torch.dtype:
-    """The fastest: of a CPU by trial, as sniperface.pick_precision("auto") should know without one."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type != "cpu":
-        return torch.float32
-    return max((torch.float32, torch.bfloat16), key=lambda dtype: matrix_peak(device, dtype, 0.2))
+def product_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product."""
+    n = 8192 if ON_GPU else 2048
+    a, b = torch.randn(2, n, n, device=DEVICE).to(dtype)
+    return rate_of(lambda: len(a @ b), 0.5, warm=3) * 2 * n**2
 
 
 class OurStep:
     """The step of sniperface.run_steps, from pictures or from views."""
 
-    def __init__(self, name: str, queue_size: int, device: torch.device, compiled: bool):
+    def __init__(self, name: str, args: argparse.Namespace):
         loss = moco.MarginNCE(temperature=0.07, margin=0.1)
-        self.model = moco.MoCo(build_encoder(name), moco.ProjectionHead("none"), loss, queue_size)
-        self.model.queue.copy_(F.normalize(torch.randn(queue_size, 512)))
-        self.model.to(device, memory_format=torch.channels_last).train()
+        self.model = moco.MoCo(build_encoder(name), moco.ProjectionHead("none"), loss, args.queue)
+        self.model.queue.copy_(F.normalize(torch.randn(args.queue, 512)))
+        self.model.to(DEVICE, memory_format=torch.channels_last).train()
         trained = [p for p in self.model.query.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True)
-        self.precision, self.augmentation, self.number = best_precision(device), read_augmentation(), 0
-        for encoder in (self.model.query, self.model.key) if compiled else ():
+        self.augmentation, self.number = common.read_augmentation(), 0
+        self.precision = max((torch.float32, torch.bfloat16), key=product_rate)
+        for encoder in (self.model.query, self.model.key) if args.compile else ():
             encoder.compile()
 
     def views(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return dataio.two_views(images, self.augmentation, dataio.draw(0, "augment", self.number))
 
-    def __call__(self, view_q: Tensor, view_k: Tensor) -> None:
-        with torch.autocast(view_q.device.type, self.precision, enabled=self.precision != torch.float32):
+    def __call__(self, view_q: Tensor, view_k: Tensor) -> int:
+        with torch.autocast(DEVICE.type, self.precision, enabled=self.precision != torch.float32):
             out = self.model(view_q, view_k, dataio.draw(0, "shuffle", self.number))
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.query.parameters(), float("inf"))  # the log's gradient norm
@@ -88,201 +65,106 @@ class OurStep:
         self.model.update_key_encoder(0.999)
         self.model.enqueue(out.keys)
         self.number += 1
+        return len(view_q)
 
 
 class UsualStep:
     """MoCo as it is usually written (facebookresearch/moco, builder.py and main_moco.py) on one device."""
 
-    def __init__(self, name: str, queue_size: int, device: torch.device, amp: bool = True):
-        self.query = build_encoder(name).to(device).train()
+    def __init__(self, name: str, args: argparse.Namespace, amp: bool = True):
+        self.query = build_encoder(name).to(DEVICE).train()
         for module in self.query.modules():
             if isinstance(module, nn.PReLU):
                 module.__class__ = nn.PReLU  # the framework's own, whatever ours is
         self.key = copy.deepcopy(self.query).requires_grad_(False)
-        self.queue = F.normalize(torch.randn(512, queue_size, device=device), dim=0)
+        self.queue = F.normalize(torch.randn(512, args.queue, device=DEVICE), dim=0)
         self.pointer = torch.zeros(1, dtype=torch.long)
-        self.criterion = nn.CrossEntropyLoss()
         self.optimizer = torch.optim.SGD(self.query.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-        self.amp, self.scaler = amp, torch.amp.GradScaler(device.type, enabled=amp and device.type == "cuda")
+        self.amp, self.scaler = amp, torch.amp.GradScaler(DEVICE.type, enabled=amp and ON_GPU)
 
-    @torch.no_grad()
-    def keys_of(self, view_k: Tensor) -> Tensor:
-        for query, key in zip(self.query.parameters(), self.key.parameters(), strict=True):
-            key.data = key.data * 0.999 + query.data * 0.001
-        return F.normalize(self.key(view_k), dim=1)
-
-    @torch.no_grad()
-    def enqueue(self, keys: Tensor) -> None:
-        start = int(self.pointer)
-        self.queue[:, start : start + len(keys)] = keys.T
-        self.pointer[0] = (start + len(keys)) % self.queue.shape[1]
-
-    def __call__(self, view_q: Tensor, view_k: Tensor) -> float:
-        with torch.autocast(view_q.device.type, enabled=self.amp):
-            q, k = F.normalize(self.query(view_q), dim=1), self.keys_of(view_k)
+    def __call__(self, view_q: Tensor, view_k: Tensor) -> int:
+        with torch.autocast(DEVICE.type, enabled=self.amp):
+            q = F.normalize(self.query(view_q), dim=1)
+            with torch.no_grad():
+                for query, key in zip(self.query.parameters(), self.key.parameters(), strict=True):
+                    key.data = key.data * 0.999 + query.data * 0.001
+                k = F.normalize(self.key(view_k), dim=1)
             positive = torch.einsum("nc,nc->n", q, k).unsqueeze(-1)
             negative = torch.einsum("nc,ck->nk", q, self.queue.clone().detach())
             logits = torch.cat([positive, negative], dim=1) / 0.07
-            loss = self.criterion(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
-        self.enqueue(k)
+            loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=DEVICE))
+        start = int(self.pointer)
+        self.queue[:, start : start + len(k)] = k.T
+        self.pointer[0] = (start + len(k)) % self.queue.shape[1]
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return loss.item()
+        loss.item()  # as a meter does
+        return len(view_q)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measures
-# ---------------------------------------------------------------------------------------------------------------------
+def made_batch(name: str, args: argparse.Namespace) -> Tensor:
+    """uint8 [B, 3, 112, 112], channels last as a loader gives it; 512 on a GPU, on a CPU 64 for tiny and 16 for others."""
+    count = args.batch or (512 if ON_GPU else 64 if name == "tiny" else 16)
+    return torch.randint(0, 256, (count, 112, 112, 3), dtype=torch.uint8, device=DEVICE).permute(0, 3, 1, 2)
 
 
-def wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def rate_of(step: Callable[[], object], items: int, seconds: float, device: torch.device, warm: int = 1) -> float:
-    """Items a second of a step, over whole steps, the device waited for at both ends only."""
-    for _ in range(warm):
-        step()
-    wait_for(device)
-    count, start = 0, clock()
-    while not count or clock() - start < seconds:
-        step()
-        count += 1
-        if count % 8 == 0:
-            wait_for(device)  # the clock must not run ahead of the device
-    wait_for(device)
-    return items * count / (clock() - start)
-
-
-def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    """FLOP/s of a large matrix product."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    return rate_of(lambda: a @ b, 2 * n**3, seconds, device, 3)
-
-
-def flops_of_pair(name: str, queue_size: int) -> float:
-    """Of one pair: the key forward, the query forward and backward (three forwards), logits and their gradient."""
-    encoder = build_encoder(name).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        encoder(torch.zeros(1, 3, 112, 112))
-    return 4 * counter.get_total_flops() + 2 * 2 * 512 * queue_size
-
-
-def measure_step(name: str, args: argparse.Namespace, device: torch.device) -> OurStep:
-    """Goals 8 and 9; gives our step, for goal 10."""
-    torch.manual_seed(0)
-    images = torch.randint(0, 256, (args.batch, 112, 112, 3), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
-    ours = OurStep(name, args.queue, device, args.compile)
+def measure_step(name: str, args: argparse.Namespace) -> None:
+    """Goals 8 and 9."""
+    images, ours = made_batch(name, args), OurStep(name, args)
     views = ours.views(images)
     plain = [view.contiguous() for view in views]
-    contenders = {
-        "ours": lambda: ours(*views), "whole": lambda: ours(*ours.views(images)), "augment": lambda: ours.views(images),
-    }  # fmt: skip
-    usual = {"default AMP": UsualStep(name, args.queue, device)}
-    if device.type == "cpu":
-        usual["fp32"] = UsualStep(name, args.queue, device, amp=False)
-    contenders |= {label: lambda step=step: step(*plain) for label, step in usual.items()}
-
-    def measured(label: str) -> float:
-        keep_freed_memory(label not in usual and device.type == "cpu")
-        return rate_of(contenders[label], args.batch, args.seconds, device, warm=1)
-
-    measures = {label: lambda label=label: measured(label) for label in contenders}
-    measures["peak"] = lambda: matrix_peak(device, ours.precision, args.seconds)
-    for step in contenders.values():  # compilation, autotuning, first allocations
-        step()
-    found = alternate(measures, args.rounds)
-    number, goal = ("9", ">= 2") if device.type == "cuda" else ("8", ">= 3")
-    what = f"{name}, batch {args.batch}, queue {args.queue}"
-    for label in usual:
-        print_row(number, f"{what}: step from ready views", found["ours"], f"usual, {label}", found[label], goal)
-        print_row(number, f"{what}: step with augmentation", found["whole"], f"usual, {label}, ready views", found[label])
-    parts = [[whole / part for whole, part in zip(found["whole"], found["augment"], strict=True)]]
-    print_row(number, f"{what}: augmentation, share of the step", parts[0], "all", [1.0] * args.rounds, "<= 0.08")
-    if device.type == "cuda" and name == "iresnet50":
-        print_row("9", f"{what}: pairs/s", found["whole"], "required", [3500.0] * args.rounds, ">= 1")
-        print_row("9", f"{what}: pairs/s", found["whole"], "the goal", [5000.0] * args.rounds, ">= 1")
-    used = [rate * flops_of_pair(name, args.queue) / 1e12 for rate in found["whole"]]
-    print_row(number, f"{what}: TFLOP/s", used, f"matmul {str(ours.precision)[6:]}", [rate / 1e12 for rate in found["peak"]])
-    return ours
+    usual = {"default AMP": UsualStep(name, args)} | ({} if ON_GPU else {"fp32": UsualStep(name, args, amp=False)})
+    with FlopCounterMode(display=False) as counter:
+        usual["default AMP"](*plain)
+    pair = counter.get_total_flops() / len(images)
+    step = partial(rate_of, lambda: ours(*views), args.seconds)
+    whole = partial(rate_of, lambda: ours(*ours.views(images)), args.seconds)
+    augmentation = partial(rate_of, lambda: len(ours.views(images)[0]), args.seconds)
+    number, goal = ("9", ">= 2") if ON_GPU else ("8", ">= 3")
+    what, rows = f"{name}, batch {len(images)}, queue {args.queue}", []
+    for label, their in usual.items():
+        theirs = partial(rate_of, lambda their=their: their(*plain), args.seconds, keep=False)
+        rows.append((number, f"{what}: step from ready views", step, f"usual, {label}", theirs, goal))
+    if ON_GPU and name == "iresnet50":
+        rows.append((number, f"{what}: step with augmentation", whole, "required", 3500.0, ">= 1"))
+        rows.append((number, f"{what}: step with augmentation", whole, "the goal", 5000.0, ">= 1"))
+    rows.append((number, f"{what}: augmentation's share of that", whole, "augmentation alone", augmentation, "<= 0.08"))
+    what += f", {pair / 1e9:.2f} GFLOP a pair"
+    rows.append((number, what, whole, f"{ours.precision} matmul", lambda: product_rate(ours.precision) / pair, ""))
+    compare(args.rounds, *rows)
 
 
-def loop_over(batches: Iterator[Tensor], step: OurStep, args: argparse.Namespace, device: torch.device) -> tuple[float, float]:
-    """Pairs a second of the whole loop and the share of the time that it waited for data, as the log has it."""
-    waited = [0.0, 0.0]  # until now, and when the measurement began
-
-    def once() -> None:
-        start = time.perf_counter()
-        images = next(batches)
-        waited[0] += time.perf_counter() - start
-        step(*step.views(images))
-
-    for _ in range(dataio.PREFETCH + 2):
-        once()
-    waited[1], start = waited[0], time.perf_counter()
-    rate = rate_of(once, args.batch, 2 * args.seconds, device, warm=0)
-    share = (waited[0] - waited[1]) / (time.perf_counter() - start)
-    batches.close()
-    return rate, share
-
-
-def measure_loop(name: str, step: OurStep, args: argparse.Namespace, device: torch.device, folder: Path) -> None:
+def measure_loop(name: str, args: argparse.Namespace, folder: Path) -> None:
     """Goal 10."""
-    faces = write_faces(folder / "faces.parquet", np.arange(args.rows) // 72, make_pictures("png"))
-    dataio.write_identity_splits(dataio.collect_unique_identities(faces), folder / "splits.parquet", 0.9, seed=0)
-    shards = dataio.materialize_split(faces, folder / "splits.parquet", folder / "train" / "faces", "train")
-    stream = dataio.ParquetImageStream(list(map(str, shards)))
-    sources = {
-        "device cache": dataio.DeviceCache(stream, folder / "cache", None, device),
-        "decoded cache": dataio.DecodedCache(stream, folder / "cache"),
-        "materialised shards": stream,
-    }
-    images = torch.randint(0, 256, (args.batch, 112, 112, 3), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
-
-    def drawn(number: int) -> list[int]:
-        return [number * args.batch]
-
-    loops = {k: lambda s=s: loop_over(dataio.load_batches([s], drawn, 0, 10**9, device), step, args, device)
-             for k, s in sources.items()}  # fmt: skip
-    alone = {"step": lambda: (rate_of(lambda: step(*step.views(images)), args.batch, args.seconds, device), 0.0)}
-    found = alternate(alone | loops, args.rounds)
-    beside = [rate for rate, _ in found["step"]]
-    for source in sources:
-        wait = statistics.median(share for _, share in found[source])
-        rates = [rate for rate, _ in found[source]]
-        print_row("10", f"{name}, loop from {source}, waits {wait:.1%}", rates, "step alone", beside, ">= 0.95")
+    faces, table = common.write_faces(folder, args.rows), folder / "splits.parquet"
+    dataio.write_identity_splits(dataio.collect_unique_identities(faces), table, 0.9, seed=0)
+    stream = dataio.ParquetImageStream(list(map(str, dataio.materialize_split(faces, table, folder / "train", "train"))))
+    caches = dataio.DeviceCache(stream, folder / "cache", None, DEVICE), dataio.DecodedCache(stream, folder / "cache")
+    step, images, rows = OurStep(name, args), made_batch(name, args), []
+    alone = partial(rate_of, lambda: step(*step.views(images)), args.seconds)
+    for source, data in zip(("device cache", "decoded cache", "materialised shards"), (*caches, stream), strict=True):
+        batches = dataio.load_batches([data], lambda number: [number * len(images)], 0, 10**9, DEVICE)
+        loop = partial(rate_of, lambda batches=batches: step(*step.views(next(batches))), 2 * args.seconds, dataio.PREFETCH + 2)
+        rows.append(("10", f"{name}, loop from {source}", loop, "step alone", alone, ">= 0.95"))
+    compare(args.rounds, *rows)
 
 
-def main() -> None:
-    on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", nargs="*", default=["iresnet50"] if on_gpu else ["tiny", "iresnet50"])
-    parser.add_argument("--batch", type=int, help="512 on a GPU, on a CPU 64 for tiny and 16 for others")
-    parser.add_argument("--queue", type=int, default=32_768 if on_gpu else 4096)
-    parser.add_argument("--rows", type=int, default=20_000 if on_gpu else 2000, help="pictures behind the loop")
-    parser.add_argument("--seconds", type=float, default=3.0 if on_gpu else 1.0, help="of a measurement; one step at least")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="as train.compile=true")
-    parser.add_argument("--cpu-time", action="store_true", help="count processor time, on one core: for a busy machine")
-    parser.add_argument("--no-loop", action="store_true", help="leave goal 10 out")
-    args = parser.parse_args()
-    if args.cpu_time:
-        use_one_core()
-    asked, device = args.batch, torch.device("cuda" if on_gpu else "cpu")
-    print_head()
+def measure_models(args: argparse.Namespace, folder: Path) -> None:
     for name in args.model:
-        args.batch = asked or (512 if on_gpu else 64 if name == "tiny" else 16)
-        if args.queue % args.batch:
-            parser.error(f"--queue {args.queue}: the usual MoCo needs a multiple of the batch, {args.batch}")
-        step = measure_step(name, args, device)
-        if not args.no_loop and (on_gpu or name == "tiny"):  # on a CPU a large model hides any loader
-            with tempfile.TemporaryDirectory(prefix="sniperface_bench_") as folder:
-                measure_loop(name, step, args, device, Path(folder))
+        measure_step(name, args)
+        if args.loop and (ON_GPU or name == "tiny"):  # on a CPU a large model hides any loader
+            measure_loop(name, args, folder / name)
 
 
 if __name__ == "__main__":
-    main()
+    parser = common.make_parser(__doc__)
+    parser.add_argument("--model", nargs="*", default=["iresnet50"] if ON_GPU else ["tiny", "iresnet50"])
+    parser.add_argument("--batch", type=int, help="512 on a GPU, on a CPU 64 for tiny and 16 for others")
+    parser.add_argument("--queue", type=int, default=32_768 if ON_GPU else 4096, help="a multiple of the batch")
+    parser.add_argument("--rows", type=int, default=20_000 if ON_GPU else 2000, help="pictures behind the loop")
+    parser.add_argument("--seconds", type=float, default=3.0 if ON_GPU else 1.0, help="of a measurement; one step at least")
+    parser.add_argument("--compile", action="store_true", help="as train.compile=true")
+    parser.add_argument("--no-loop", dest="loop", action="store_false", help="leave goal 10 out")
+    common.measure(parser, {"step": measure_models})
