@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_config import settings
+from runs import settings
 
 import dataio
 import sniperface

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_config import settings
+from runs import settings
 from torch import nn
 
 import moco
