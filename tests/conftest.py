@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from PIL import Image
 from tqdm import tqdm
 
 import dataio
-import sniperface
 from dataio import ParquetImageStream, load_batches, write_demo_faces
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: they are too small to share among cores
@@ -169,6 +169,14 @@ def broken_source(tmp_path, broken, count=200, group=10, payloads=(BROKEN, b"", 
     return str(write_rows(tmp_path / "holey.parquet", rows, group=group))
 
 
+@pytest.fixture(scope="session")
+def people(tmp_path_factory) -> Path:
+    """The same people as in `faces`, drawn at 32 pixels."""
+    folder = tmp_path_factory.mktemp("people")
+    write_demo_faces(folder, identities=40, images_digiface=6, images_digi2real=4, size=32, seed=1)
+    return folder
+
+
 @pytest.fixture
 def no_hang():
     """A test that hangs fails after a minute instead."""
@@ -185,7 +193,8 @@ def no_hang():
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(sniperface, "can_draw", lambda: False)
+    """Runs draw no plots, as where matplotlib is missing."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
 
 
 @pytest.fixture(scope="session")
@@ -200,7 +209,7 @@ def unbroken(data, tmp_path_factory) -> Path:
     """The home of a whole run that nothing happened to."""
     home = tmp_path_factory.mktemp("unbroken")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sniperface, "can_draw", lambda: False)
+        patch.setitem(sys.modules, "matplotlib", None)
         runs.run_all(runs.job(home, data), home)
     return home
 
@@ -218,9 +227,6 @@ def trained(unbroken, data, tmp_path) -> Path:
 
 
 @pytest.fixture
-def words(faces, tmp_path):
+def words(people, tmp_path, no_pictures):
     """Overrides of a small run; its split and caches are its own."""
-    return [
-        *runs.SMALL, f"data.digiface_glob={faces}/digiface1m_*.parquet", f"data.digi2real_glob={faces}/digi2real_*.parquet",
-        f"split.out_dir={tmp_path}/splits", f"data.cache_dir={tmp_path}/cache",
-    ]  # fmt: skip
+    return runs.words_of(people, tmp_path)

@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 import json
+import multiprocessing
 import os
+import runpy
 import signal
-import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -26,10 +28,10 @@ SMALL = [
     "backbone=tiny", "backbone.layers=[1,1,1,1]", "backbone.width=0.125", "backbone.input_size=32", "moco.queue_size=48",
     "moco.temperature=0.2", "moco.shuffle_groups=2", "train.batch_size=16", "train.epochs=2", "train.monitor_images=64",
     "train.log_every=3", "train.lr=0.05", "eval.bootstrap=200", "eval.repeats=2", "eval.enroll_per_id=2", "device=cpu",
-    "train.amp=fp32",
+    "train.amp=fp32", "data.image_size=32",
 ]  # fmt: skip
 RUN = [
-    *SMALL, "data.image_size=32", "train.monitor_images=32", "moco.queue_size=32", "train.save_every_steps=2", "train.log_every=1",
+    *SMALL, "train.monitor_images=32", "moco.queue_size=32", "train.save_every_steps=2", "train.log_every=1",
     "train.keep_last=1", "data.workers=2", "augment=light", "eval.bootstrap=100", "eval.repeats=1", "eval.enroll_sweep=[1]",
     "eval.open_set_share=0",
 ]  # fmt: skip
@@ -151,6 +153,12 @@ def read_or_refused(read, name: str):
 ROOT = CONF.parent
 
 
+def words_of(data: Path, home: Path) -> list[str]:
+    """Overrides of a small run on the pictures in `data`; its split and caches are below `home`."""
+    globs = [f"data.{source}_glob={data}/{name}_*.parquet" for source, name in SOURCES.items()]
+    return [*SMALL, *globs, f"split.out_dir={home}/splits", f"data.cache_dir={home}/cache"]
+
+
 def train(words, folder, *more):
     return sniperface.train(settings(*words, *more), folder)
 
@@ -183,8 +191,38 @@ def with_note(note: bytes):
     return make
 
 
-def in_shell(words, folder, *more, first=(), background=False):
-    """Run the command line in a process of its own: (what it tells, exit status), or the process."""
-    arguments = [sys.executable, ROOT / "sniperface.py", *first, *words, f"run_dir={folder}", *more]
-    started = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder.parent)
-    return started if background else (started.communicate()[0], started.returncode)
+SERVER = multiprocessing.get_context("forkserver")  # imports once what takes seconds, and forks before anything has run
+SERVER.set_forkserver_preload(["pytest", "torch", "torchvision.transforms.v2", "hydra", "pyarrow.parquet", "PIL.Image", "tqdm"])
+
+
+def run_script(arguments: list[str], folder: Path, told: Path) -> None:
+    """What `python sniperface.py ...` does, started in `folder`, with all that it tells in the file `told`; it draws no plots."""
+    output = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for descriptor in (1, 2):
+        os.dup2(output, descriptor)
+    os.chdir(folder)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    sys.modules["matplotlib"] = None
+    sys.argv = ["sniperface.py", *arguments]
+    runpy.run_path(str(ROOT / "sniperface.py"), run_name="__main__")
+
+
+class Command:
+    """The command line in a process of its own."""
+
+    def __init__(self, *arguments: str, cwd: Path):
+        descriptor, told = tempfile.mkstemp(dir=cwd.parent, suffix=".told")
+        os.close(descriptor)
+        self.told = Path(told)
+        self.process = SERVER.Process(target=run_script, args=([*arguments], cwd, self.told))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def wait(self) -> tuple[str, int]:
+        """All that it told, and its exit status, negative for a signal."""
+        self.process.join()
+        return self.told.read_text(), self.process.exitcode
+
+
+def in_shell(*arguments: str, cwd: Path) -> tuple[str, int]:
+    return Command(*arguments, cwd=cwd).wait()

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from runs import (
+    Command,
     assert_same,
     assert_same_run,
     in_child,
@@ -25,6 +27,7 @@ from runs import (
     train,
     training_result,
     without_measures,
+    words_of,
 )
 
 import dataio
@@ -224,39 +227,51 @@ def test_a_stop_that_is_asked_for_while_the_monitor_measures_is_saved_before_it_
     assert log_of(tmp_path / "run")[-1]["step"] == told
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_killed_process_goes_on_to_the_same_bits(words, tmp_path, how):
-    more = ["train.epochs=6", "train.save_every_steps=5"]
-    train(words, tmp_path / "whole", *more)
-    process = in_shell(words, tmp_path / "killed", *more, background=True)
-    log = tmp_path / "killed" / "train_log.jsonl"
-    deadline = time.time() + 120
-    while not (log.exists() and len(log.read_text().splitlines()) > 3) and time.time() < deadline:
+LONG = ["train.epochs=6", "train.save_every_steps=5"]
+
+
+@pytest.fixture(scope="module")
+def long_run(people, tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("long")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        train(words_of(people, home), home / "run", *LONG)
+    return home / "run"
+
+
+def wait_for(condition, limit_s: float = 50.0) -> None:
+    deadline = time.time() + limit_s
+    while not condition() and time.time() < deadline:
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_process_goes_on_to_the_same_bits(words, long_run, tmp_path, how):
+    line, log = [*words, "run_dir=killed", *LONG], tmp_path / "killed" / "train_log.jsonl"
+    process = Command(*line, cwd=tmp_path)
+    wait_for(lambda: log.exists() and log.read_text().count("\n") > 3)
     os.kill(process.pid, how)
-    told = process.communicate()[0]
+    told, code = process.wait()
     if how == signal.SIGKILL:
-        assert process.returncode == -9
+        assert code == -9
     else:
-        assert process.returncode == 128 + how
+        assert code == 128 + how
         assert "the same command goes on" in told
-    assert 0 < state_of(tmp_path / "killed")["step"] < state_of(tmp_path / "whole")["step"]
-    told, code = in_shell(words, tmp_path / "killed", *more)
+    assert 0 < state_of(tmp_path / "killed")["step"] < state_of(long_run)["step"]
+    told, code = in_shell(*line, cwd=tmp_path)
     assert code == 0, told
     assert "going on from step" in told
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert_same_run(long_run, tmp_path / "killed")
 
 
 def test_sigterm_outside_the_training_loop_ends_with_a_line_and_nothing_half_written(words, tmp_path):
-    with sniperface.dataio.locked(tmp_path / "splits" / "train" / ".digiface.lock", wait=True):  # where the process will wait
-        process = in_shell(words, tmp_path / "run", "command=split", background=True)
-        deadline = time.time() + 60
-        while not (tmp_path / "splits" / "identity_splits.parquet").exists() and time.time() < deadline:
-            time.sleep(0.05)
-        time.sleep(1)
+    with dataio.locked(tmp_path / "splits" / "train" / ".digiface.lock", wait=True):  # where the process will wait
+        process = Command(*words, "run_dir=run", "command=split", cwd=tmp_path)
+        wait_for((tmp_path / "splits" / "identity_splits.parquet").exists)
+        time.sleep(0.5)
         os.kill(process.pid, signal.SIGTERM)
-        told = process.communicate()[0]
-    assert process.returncode == 128 + signal.SIGTERM
+        told, code = process.wait()
+    assert code == 128 + signal.SIGTERM
     assert "stopped; the same command goes on where it can" in told
     assert "Traceback" not in told
     assert not list(tmp_path.rglob("*.tmp"))

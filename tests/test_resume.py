@@ -53,11 +53,11 @@ def test_what_a_killed_process_left_half_written_goes_with_the_next_start(words,
     assert not stale.exists()
 
 
-def test_other_data_than_the_run_was_started_on_is_refused(words, tmp_path, faces):
+def test_other_data_than_the_run_was_started_on_is_refused(words, tmp_path, people):
     train(words, tmp_path / "run", "train.max_steps=2")
     cfg = settings(*words)
     streams = sniperface.open_streams(cfg, sniperface.locate_rows(cfg, "train"))
-    kept = pq.read_table(faces / "digi2real_000.parquet").slice(0, 60)
+    kept = pq.read_table(people / "digi2real_000.parquet").slice(0, 60)
     (tmp_path / "other").mkdir()
     pq.write_table(kept, tmp_path / "other" / "digi2real_000.parquet")
     assert len(streams["digi2real"]) > 30
