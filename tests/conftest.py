@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import signal
-import sys
 import threading
 from pathlib import Path
 
@@ -193,8 +192,7 @@ def no_hang():
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Runs draw no plots, as where matplotlib is missing."""
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    runs.draw_no_plots(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -209,7 +207,7 @@ def unbroken(data, tmp_path_factory) -> Path:
     """The home of a whole run that nothing happened to."""
     home = tmp_path_factory.mktemp("unbroken")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "matplotlib", None)
+        runs.draw_no_plots(patch)
         runs.run_all(runs.job(home, data), home)
     return home
 

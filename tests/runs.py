@@ -153,6 +153,11 @@ def read_or_refused(read, name: str):
 ROOT = CONF.parent
 
 
+def draw_no_plots(patch: pytest.MonkeyPatch) -> None:
+    """As where matplotlib is missing; plots take longer than a small run."""
+    patch.setattr(sniperface, "can_draw", lambda: False)
+
+
 def words_of(data: Path, home: Path) -> list[str]:
     """Overrides of a small run on the pictures in `data`; its split and caches are below `home`."""
     globs = [f"data.{source}_glob={data}/{name}_*.parquet" for source, name in SOURCES.items()]

@@ -14,7 +14,7 @@ import sniperface
 
 
 @pytest.mark.parametrize("override", ["eval.top_k=[3]", "eval.top_k=[1000]"])
-def test_odd_but_allowed_settings_of_eval_give_figures(data, unbroken, trained, override):
+def test_odd_but_allowed_settings_of_eval_give_figures(data, unbroken, trained, override, no_pictures):
     metrics = sniperface.evaluate(job(unbroken, data, override, "eval.open_set_share=0.3"), trained)
     assert metrics["probes"] > 0
     assert json.loads((trained / "metrics.json").read_text())["probes"] == metrics["probes"]

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from runs import (
     Command,
     assert_same,
     assert_same_run,
+    draw_no_plots,
     in_child,
     in_shell,
     job,
@@ -234,7 +234,7 @@ LONG = ["train.epochs=6", "train.save_every_steps=5"]
 def long_run(people, tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("long")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "matplotlib", None)
+        draw_no_plots(patch)
         train(words_of(people, home), home / "run", *LONG)
     return home / "run"
 
