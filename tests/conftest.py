@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import signal
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -77,26 +76,6 @@ def write_rows(path: Path, rows: list[dict], group: int = 10, types: dict | None
     return path
 
 
-def without_hanging(function, limit_s: float = 60.0):
-    """Run `function` in a thread and give what it gives or raises; fail if it does not come back."""
-    result: dict = {}
-
-    def run():
-        try:
-            result["value"] = function()
-        except BaseException as error:
-            result["error"] = error
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(limit_s)
-    if thread.is_alive():
-        pytest.fail(f"hangs: not back after {limit_s} s")
-    if "error" in result:
-        raise result["error"]
-    return result["value"]
-
-
 @pytest.fixture(scope="session")
 def faces(tmp_path_factory) -> Path:
     """A folder with two small sources of demo faces: digiface1m_000.parquet (PNG) and digi2real_000.parquet (JPEG)."""
@@ -135,9 +114,7 @@ def drawn_numbers(stream, batch=16, start=0, stop=None, workers=2) -> list[int]:
     """The numbers of the images of steps start..stop-1; by default of one pass."""
     end = math.inf if stop else len(stream)
     stop = stop or math.ceil(len(stream) / batch)
-    return without_hanging(
-        lambda: numbers(load_batches([stream], lambda step: [min(batch * step, end)], start, stop, workers=workers))
-    )
+    return numbers(load_batches([stream], lambda step: [min(batch * step, end)], start, stop, workers=workers))
 
 
 def shuffled(codes, seed=0):
@@ -176,7 +153,7 @@ def people(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def no_hang():
     """A test that hangs fails after a minute instead."""
 

@@ -172,14 +172,13 @@ def state_of(folder, name="last"):
     return sniperface.load_checkpoint(folder / "checkpoints" / f"{name}.pt")
 
 
-def tensors(state):
-    return {f"model.{k}": v for k, v in state["model"].items()} | {
-        f"momentum.{i}": s["momentum_buffer"] for i, s in state["optimizer"]["state"].items()
-    }
+def training_bits(run: Path) -> dict:
+    """The weights and the momenta of the last checkpoint."""
+    return bits({part: state_of(run)[part] for part in ("model", "optimizer")})
 
 
 def assert_same_run(one, other):
-    assert_same(*({"log": log_of(run)} | bits(tensors(state_of(run))) for run in (one, other)))
+    assert_same(*(training_bits(run) | {"log": log_of(run)} for run in (one, other)))
 
 
 def rows_of(data: Path, source: str = "digiface1m_000") -> list[dict]:

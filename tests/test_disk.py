@@ -15,7 +15,7 @@ from runs import assert_same, in_child, job, refusal, result, training_result
 import dataio
 import sniperface
 
-pytestmark = pytest.mark.usefixtures("no_hang", "no_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 IS_ROOT = os.geteuid() == 0

@@ -16,7 +16,7 @@ from runs import NASTY, job, read_or_refused, refusal, rows_of, run_all, with_no
 import dataio
 import sniperface
 
-pytestmark = pytest.mark.usefixtures("no_hang", "no_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def test_names_with_every_awkward_character_work_in_every_place(data, tmp_path, expected):

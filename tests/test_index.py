@@ -39,15 +39,6 @@ def test_no_allowed_row_at_all_is_refused(source):
         dataio.build_index(source, [])
 
 
-def test_rows_without_an_identity_are_refused_with_file_and_count(tmp_path):
-    rows = numbered_rows(["a"] * 10)
-    rows[2]["identity_id"] = rows[7]["identity_id"] = rows[8]["identity_id"] = None
-    path = write_rows(tmp_path / "some_null.parquet", rows)
-    for read in (lambda: dataio.build_index(str(path), None), lambda: dataio.collect_unique_identities(str(path))):
-        with pytest.raises(ValueError, match=r"some_null\.parquet: 3 of 10 rows have no 'identity_id'"):
-            read()
-
-
 def test_the_fingerprint_follows_the_rows_and_not_the_folder(tmp_path):
     rows = numbered_rows(PEOPLE)
 

@@ -33,7 +33,7 @@ from runs import (
 import dataio
 import sniperface
 
-pytestmark = pytest.mark.usefixtures("no_hang", "no_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 KILLED = 77  # exit status of a process that ended itself at an instant

@@ -3,9 +3,8 @@
 import subprocess
 import sys
 
-import pyarrow.parquet as pq
 import pytest
-from runs import ROOT, assert_same_run, settings, state_of, train
+from runs import ROOT, assert_same_run, state_of, train
 
 import sniperface
 
@@ -51,18 +50,6 @@ def test_what_a_killed_process_left_half_written_goes_with_the_next_start(words,
     stale.write_bytes(b"half")
     train(words, tmp_path, "train.max_steps=2")
     assert not stale.exists()
-
-
-def test_other_data_than_the_run_was_started_on_is_refused(words, tmp_path, people):
-    train(words, tmp_path / "run", "train.max_steps=2")
-    cfg = settings(*words)
-    streams = sniperface.open_streams(cfg, sniperface.locate_rows(cfg, "train"))
-    kept = pq.read_table(people / "digi2real_000.parquet").slice(0, 60)
-    (tmp_path / "other").mkdir()
-    pq.write_table(kept, tmp_path / "other" / "digi2real_000.parquet")
-    assert len(streams["digi2real"]) > 30
-    with pytest.raises(ValueError, match="the data is not what the run was started on"):
-        train(words, tmp_path / "run", f"data.digi2real_glob={tmp_path}/other/*.parquet")
 
 
 def test_resume_must_and_never_mean_what_they_say(words, tmp_path):

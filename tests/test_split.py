@@ -1,6 +1,9 @@
 """The identity split table: who is on which side, and that nobody ever changes sides silently."""
 
 import itertools
+import os
+import re
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -8,8 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import PEOPLE, numbered_rows, shuffled, split, write_rows
+from runs import job, refusal, with_note
 
 import dataio
+import sniperface
 
 
 @pytest.mark.parametrize(("count", "ratio"), [(2, 0.5), (7, 0.75), (100, 0.75), (101, 0.75), (1000, 0.1), (33, 0.9)])
@@ -97,22 +102,53 @@ def test_the_table_says_how_it_was_made_and_its_hash_follows_its_content(tmp_pat
     assert dataio.read_identity_splits(tmp_path / "changed.parquet").hash != splits.hash
 
 
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ({"identity_id": ["a", "a"], "split": ["train", "test"]}, "each identity once"),
-        ({"identity_id": ["a", "b"], "split": ["train", "exam"]}, "as train, val or test"),
-        ({"identity_id": ["a", None], "split": ["train", "test"]}, "1 of 2 rows have no 'identity_id'"),
-        ({"identity_id": ["a", "b"], "side": ["train", "test"]}, "not a split table.*side"),
-        ({"identity_id": ["a", "b"], "split": [0, 1]}, "as train, val or test"),
-        ({"identity_id": [1, 1], "split": ["train", "train"]}, "each identity once"),
-    ],
-)
-def test_a_file_that_is_no_split_table_is_refused_by_name(tmp_path, columns, message):
-    path = tmp_path / "foreign.parquet"
-    pq.write_table(pa.table(columns), path)
-    with pytest.raises(ValueError, match=f"foreign.parquet: .*{message}"):
-        dataio.read_identity_splits(path)
+def table(**columns):
+    return lambda path: pq.write_table(pa.table(columns), path)
+
+
+PERSON = {"identity_id": "1", "split": "train"}
+REFUSED = {  # and what is told beside the file's name
+    "text": (lambda path: path.write_text("identity_id,split\n1,train\n"), ""),
+    "folder": (lambda path: (path.unlink(), path.mkdir()), ""),
+    "truncated": (lambda path: os.truncate(path, path.stat().st_size // 2), ""),
+    "one column": (table(a=[1]), "not a split table"),
+    "other columns": (table(identity_id=["a", "b"], side=["train", "test"]), "not a split table.*side"),
+    "two sides": (table(identity_id=["1", "1"], split=["train", "test"]), "each identity once"),
+    "twice": (table(identity_id=[1, 1], split=["train", "train"]), "each identity once"),
+    "another side": (table(identity_id=["a", "b"], split=["train", "exam"]), "as train, val or test"),
+    "number sides": (table(identity_id=["a", "b"], split=[0, 1]), "as train, val or test"),
+    "null side": (table(identity_id=["1", "2"], split=["train", None]), ""),
+    "null identity": (table(identity_id=["a", None], split=["train", "test"]), "1 of 2 rows have no 'identity_id'"),
+    "lists": (table(identity_id=[["1"]], split=["train"]), ""),
+    "column twice": (
+        lambda path: pq.write_table(pa.Table.from_arrays([pa.array(["1"])] * 3, ["identity_id", "split", "split"]), path), ""
+    ),
+    "note is no json": (lambda path: with_note(b"\x80\x04.")(path, [PERSON]), ""),
+    "note is a list": (lambda path: with_note(b"[1]")(path, [PERSON]), ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_no_split_table_is_refused_by_name_and_left_as_it_is(data, unbroken, tmp_path, kind):
+    path, (make, message) = tmp_path / "splits" / "identity_splits.parquet", REFUSED[kind]
+    shutil.copytree(unbroken / "splits", tmp_path / "splits")
+    make(path)
+    before = path.is_dir() or path.read_bytes()
+    for read in (
+        lambda: dataio.read_identity_splits(path),
+        lambda: sniperface.train(job(tmp_path, data), tmp_path / "run"),
+        lambda: sniperface.split(job(tmp_path, data), tmp_path / "run"),
+    ):
+        assert re.search(f"identity_splits.parquet.*{message}", refusal(read))
+    assert before == (path.is_dir() or path.read_bytes())
+
+
+def test_a_table_that_does_not_say_how_it_was_made_is_refused_by_the_commands(data, tmp_path):
+    path = tmp_path / "splits" / "identity_splits.parquet"
+    path.parent.mkdir()
+    table(identity_id=["1", "2"], split=["train", "test"])(path)
+    for command in (sniperface.train, sniperface.split):
+        assert path.name in refusal(lambda command=command: command(job(tmp_path, data), tmp_path / "run"))
 
 
 @pytest.mark.parametrize("ids", [[], ["a"]])
