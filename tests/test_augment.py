@@ -349,6 +349,7 @@ def test_softening_is_low_resolution_and_then_blur_for_those_images_that_have_th
     assert not torch.allclose(both, dataio.soften(dataio.soften(x, none, sigma), side, none), atol=1e-3)
 
 
+# REWRITE
 @pytest.mark.parametrize("size", [16, 17, 64, 112])
 @pytest.mark.parametrize("sigma", [0.0, 0.5, 1.8, 2.5])
 def test_the_bands_of_softening_leave_nothing_out(size, sigma, monkeypatch):
@@ -383,6 +384,7 @@ def test_a_view_far_outside_of_the_picture_is_mirrored_again(portraits, strength
     assert not torch.allclose(dataio.resample(dataio.to_float(portraits), maps, far=False), wanted, atol=0.1)
 
 
+# REWRITE
 def test_views_do_not_depend_on_how_many_are_made_at_once(portraits, monkeypatch):
     pictures, found, parts, original = portraits.repeat(20, 1, 1, 1), [], [], dataio.resample
     monkeypatch.setattr(dataio, "resample", lambda images, *rest: parts.append(len(images)) or original(images, *rest))

@@ -123,29 +123,28 @@ def test_a_cache_killed_just_before_it_got_its_name_is_finished_without_decoding
     assert not calls
 
 
-@pytest.mark.parametrize("where", [0, 100_000, -1])
-def test_a_flipped_byte_in_the_cache_is_refused(source, tmp_path, small_chunks, where):
+def flip(place):
+    def change(cache):
+        raw = bytearray(cache.read_bytes())
+        raw[place] ^= 1
+        cache.write_bytes(raw)
+
+    return change
+
+
+DAMAGES = {  # and what is told
+    **{f"byte {place}": (flip(place), ": 1 of 10 chunks are damaged; delete it") for place in (0, 100_000, -1)},
+    "truncated": (lambda cache: os.truncate(cache, cache.stat().st_size - 5), ""),
+    "no checksums": (lambda cache: cache.with_name(f"{cache.name}.json").unlink(), ""),
+}
+
+
+@pytest.mark.parametrize(("change", "told"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_cache_is_refused_by_name(source, tmp_path, small_chunks, change, told):
     dataio.DecodedCache(stream_of(source), tmp_path)
     final = next(tmp_path.glob("*.u8"))
-    raw = bytearray(final.read_bytes())
-    raw[where] ^= 1
-    final.write_bytes(raw)
-    with pytest.raises(ValueError, match=rf"{final.name}: 1 of 10 chunks are damaged; delete it"):
-        dataio.DecodedCache(stream_of(source), tmp_path)
-
-
-def test_a_truncated_cache_is_refused_by_name(source, tmp_path, small_chunks):
-    dataio.DecodedCache(stream_of(source), tmp_path)
-    final = next(tmp_path.glob("*.u8"))
-    os.truncate(final, final.stat().st_size - 5)
-    with pytest.raises(ValueError, match=final.name):
-        dataio.DecodedCache(stream_of(source), tmp_path)
-
-
-def test_a_cache_whose_checksums_are_gone_is_refused_by_name(source, tmp_path, small_chunks):
-    dataio.DecodedCache(stream_of(source), tmp_path)
-    next(tmp_path.glob("*.json")).unlink()
-    with pytest.raises(ValueError, match=next(tmp_path.glob("*.u8")).name):
+    change(final)
+    with pytest.raises(ValueError, match=final.name + told):
         dataio.DecodedCache(stream_of(source), tmp_path)
 
 

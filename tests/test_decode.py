@@ -72,11 +72,6 @@ def test_a_square_png_of_the_right_size_is_decoded_bit_for_bit():
     assert (decode(pa.py_buffer(encode(pixels))) == pixels).all()
 
 
-def test_red_stays_red_and_blue_stays_blue():
-    assert tuple(decode(encode(plain("RGB", (255, 0, 0))))[0, 0]) == (255, 0, 0)
-    assert tuple(decode(encode(plain("RGB", (0, 0, 255))))[0, 0]) == (0, 0, 255)
-
-
 @pytest.mark.parametrize("kind", ["jpeg", "png", "tiff", "webp"])
 @pytest.mark.parametrize(
     ("orientation", "corner"),

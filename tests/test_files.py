@@ -146,7 +146,8 @@ def half(path):
 
 
 NO_PARQUET = {
-    "folder": Path.mkdir, "truncated": half, "empty": Path.touch, "text": lambda path: path.write_text("identity_id,image_bytes\n" * 100),
+    "folder": Path.mkdir, "truncated": half, "empty": Path.touch,
+    "text": lambda path: path.write_text("identity_id,image_bytes\n" * 100),
     "magic only": lambda path: path.write_bytes(b"PAR1PAR1"),
 }  # fmt: skip
 

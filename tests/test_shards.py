@@ -182,6 +182,7 @@ def test_a_full_disk_stops_the_reading_at_once(job, monkeypatch, side):
     assert not [thread for thread in threading.enumerate() if "Pool" in thread.name], error
 
 
+# REWRITE
 def test_an_error_of_the_disk_while_a_shard_is_still_written_names_it_and_leaves_nothing(tmp_path, monkeypatch):
     told, table = threading.Event(), pa.table([["a"], ["a/0.png"], [b"picture"]], dataio.SHARD_SCHEMA)
 
@@ -201,6 +202,7 @@ def test_an_error_of_the_disk_while_a_shard_is_still_written_names_it_and_leaves
     assert not list((tmp_path / "out").iterdir())
 
 
+# REWRITE
 @pytest.mark.parametrize("side", ["train", "test"])
 def test_after_an_error_in_one_run_of_shards_the_others_begin_no_more(job, monkeypatch, side):
     args, _ = job
@@ -221,6 +223,7 @@ def test_after_an_error_in_one_run_of_shards_the_others_begin_no_more(job, monke
     assert len(list(args[2].parent.glob(".digiface.part/digiface_*.parquet"))) == dataio.WRITERS - 1
 
 
+# REWRITE
 def test_a_file_of_one_row_group_is_not_read_again_for_each_shard(tmp_path, monkeypatch):
     monkeypatch.setattr(dataio, "SHARD_BYTES", 5_000)
     monkeypatch.setattr(dataio, "ROW_GROUP_ROWS", 20)
@@ -240,6 +243,7 @@ def test_a_file_of_one_row_group_is_not_read_again_for_each_shard(tmp_path, monk
     assert 1 < sum(read) / (20 * len(PEOPLE)) < 1.75  # the first of two runs ends with its last row, the second begins at the top
 
 
+# REWRITE
 def test_what_is_made_in_the_background_comes_in_order_and_no_further_ahead_than_asked():
     made, threads = [], threading.active_count()
 
@@ -331,6 +335,7 @@ def test_a_side_that_does_not_exist_is_refused_by_name(job):
         dataio.materialize_split(*job[0], "validation")
 
 
+# REWRITE
 def test_shards_of_a_source_in_ten_thousand_pieces_are_read_back_whole():
     tables = [
         pa.table(

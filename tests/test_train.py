@@ -121,6 +121,7 @@ def test_the_checkpoints_are_those_of_the_contract(words, tmp_path):
     assert best["monitor"]["last"] == min(figures)
 
 
+# REWRITE
 def test_demo_faces_are_never_drawn_over_or_beside_files_of_the_user(words, tmp_path, people):
     mine = tmp_path / "mine" / "digiface1m_000.parquet"
     mine.parent.mkdir()
@@ -134,6 +135,7 @@ def test_demo_faces_are_never_drawn_over_or_beside_files_of_the_user(words, tmp_
     assert mine.read_bytes() == before
 
 
+# REWRITE
 def test_half_of_the_demo_faces_are_made_whole(words, tmp_path):
     globs = [f"data.{source}_glob={tmp_path}/demo/{file}_*.parquet" for source, file in
              (("digiface", "digiface1m"), ("digi2real", "digi2real"))]  # fmt: skip
