@@ -46,8 +46,8 @@ def counted_decodes(monkeypatch) -> list:
     return calls
 
 
-def test_the_cache_gives_the_pixels_of_the_stream(faces, tmp_path, small_chunks):
-    stream = ParquetImageStream(str(faces / "*.parquet"), image_size=48, seed=9)
+def test_the_cache_gives_the_pixels_of_the_stream(people, tmp_path, small_chunks):
+    stream = ParquetImageStream(str(people / "*.parquet"), image_size=48, seed=9)
     cache = dataio.DecodedCache(stream, tmp_path)
     assert len(cache) == len(stream) == 304
     in_order = torch.stack(list(stream.in_file_order()))

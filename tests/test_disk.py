@@ -132,16 +132,11 @@ def test_a_disk_that_fills_while_the_cache_is_made_is_told_and_the_rerun_goes_on
     assert make() == len(stream)
 
 
-@pytest.mark.skipif(reason="root may write everywhere")
-@pytest.mark.parametrize("place", ["run", "splits", "cache"])
-def test_a_folder_that_may_not_be_written_is_named(data, tmp_path, place):
-    (tmp_path / place).mkdir(mode=0o500)
-    told = refusal(lambda: sniperface.train(job(tmp_path, data, "data.cache=decoded"), tmp_path / "run"))
-    assert place in told
+READ_ONLY = pytest.param(lambda path: path.mkdir(mode=0o500), marks=pytest.mark.skipif(IS_ROOT, reason="root may write everywhere"))
 
 
+@pytest.mark.parametrize("make", [READ_ONLY, Path.touch], ids=["read only", "a file"])
 @pytest.mark.parametrize("place", ["run", "splits", "cache"])
-def test_a_file_where_a_folder_should_be_is_named(data, tmp_path, place):
-    (tmp_path / place).write_text("a file")
-    told = refusal(lambda: sniperface.train(job(tmp_path, data, "data.cache=decoded"), tmp_path / "run"))
-    assert place in told
+def test_a_place_where_no_folder_can_be_written_is_named(data, tmp_path, place, make):
+    make(tmp_path / place)
+    assert place in refusal(lambda: sniperface.train(job(tmp_path, data, "data.cache=decoded"), tmp_path / "run"))

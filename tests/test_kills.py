@@ -13,22 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from runs import (
-    Command,
-    assert_same,
-    assert_same_run,
-    draw_no_plots,
-    in_child,
-    in_shell,
-    job,
-    log_of,
-    result,
-    state_of,
-    train,
-    training_result,
-    without_measures,
-    words_of,
-)
+import runs
+from runs import assert_same, in_child, job, log_of, training_result
 
 import dataio
 import sniperface
@@ -97,7 +83,7 @@ def test_a_kill_at_a_write_of_training_loses_nothing(data, tmp_path, expected, i
     sniperface.train(cfg, tmp_path / "run")
     found = training_result(tmp_path / "run")
     assert set(found["names"]) >= set(expected["names"])  # a kill while old ones are deleted may leave one more
-    assert_same({key: found[key] for key in expected if key != "names" and key in found}, without_measures(expected))
+    assert_same({key: found[key] for key in expected if key != "names" and key in found}, runs.without_measures(expected))
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -170,7 +156,7 @@ def test_a_kill_while_vectors_or_figures_are_written_loses_nothing(data, unbroke
     killed(measure, instant)
     assert not (trained / "metrics.json").exists()
     measure()
-    assert_same(result(trained), expected)
+    assert_same(runs.result(trained), expected)
 
 
 def test_the_second_interrupt_stops_at_once(data, tmp_path, monkeypatch, expected):
@@ -225,8 +211,8 @@ LONG = ["train.epochs=6", "train.save_every_steps=5"]
 def long_run(people, tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("long")
     with pytest.MonkeyPatch.context() as patch:
-        draw_no_plots(patch)
-        train(words_of(people, home), home / "run", *LONG)
+        runs.draw_no_plots(patch)
+        runs.train(runs.words_of(people, home), home / "run", *LONG)
     return home / "run"
 
 
@@ -239,7 +225,7 @@ def wait_for(condition, limit_s: float = 50.0) -> None:
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_process_goes_on_to_the_same_bits(words, long_run, tmp_path, how):
     line, log = [*words, "run_dir=killed", *LONG], tmp_path / "killed" / "train_log.jsonl"
-    process = Command(*line, cwd=tmp_path)
+    process = runs.Command(*line, cwd=tmp_path)
     wait_for(lambda: log.exists() and log.read_text().count("\n") > 3)
     os.kill(process.pid, how)
     told, code = process.wait()
@@ -248,16 +234,16 @@ def test_a_killed_process_goes_on_to_the_same_bits(words, long_run, tmp_path, ho
     else:
         assert code == 128 + how
         assert "the same command goes on" in told
-    assert 0 < state_of(tmp_path / "killed")["step"] < state_of(long_run)["step"]
-    told, code = in_shell(*line, cwd=tmp_path)
+    assert 0 < runs.state_of(tmp_path / "killed")["step"] < runs.state_of(long_run)["step"]
+    told, code = runs.in_shell(*line, cwd=tmp_path)
     assert code == 0, told
     assert "going on from step" in told
-    assert_same_run(long_run, tmp_path / "killed")
+    runs.assert_same_run(long_run, tmp_path / "killed")
 
 
 def test_sigterm_outside_the_training_loop_ends_with_a_line_and_nothing_half_written(words, tmp_path):
     with dataio.locked(tmp_path / "splits" / "train" / ".digiface.lock", wait=True):  # where the process will wait
-        process = Command(*words, "run_dir=run", "command=split", cwd=tmp_path)
+        process = runs.Command(*words, "run_dir=run", "command=split", cwd=tmp_path)
         wait_for((tmp_path / "splits" / "identity_splits.parquet").exists)
         time.sleep(0.5)
         os.kill(process.pid, signal.SIGTERM)

@@ -43,9 +43,6 @@ def plain_scores(vectors, drawn, template):
     return np.stack(columns, axis=1), np.searchsorted(codes, drawn.identity[drawn.probes])
 
 
-# ------------------------------------------------------------------------------------------------ vectors and enrolment
-
-
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
@@ -118,9 +115,6 @@ def test_a_template_without_direction_or_of_unknown_kind_is_refused():
         m.build_gallery(opposite, np.array([0, 0]))
     with pytest.raises(ValueError, match="allowed are centroid and best"):
         m.build_gallery(opposite, np.array([0, 0]), "median")
-
-
-# ------------------------------------------------------------------------------------------------ ranks
 
 
 # REWRITE
@@ -312,9 +306,6 @@ def test_random_embeddings_give_chance_within_the_interval(monkeypatch):
     assert min(inside.values()) >= 33, inside  # 38 of 40 expected; fewer than 33 once in 500
 
 
-# ------------------------------------------------------------------------------------------------ verification and open set
-
-
 def plain_tar(genuine, impostors, far):
     """TAR at the lowest threshold, among all scores and infinity, that lets in at most that share of impostors."""
     candidates = np.append(np.unique(np.concatenate([genuine, impostors])), np.inf)
@@ -432,9 +423,6 @@ def test_the_interval_of_tpir_counts_the_unknown_probes_too(monkeypatch):
     assert np.mean(wide) == pytest.approx(2 * 1.96 * truth.std(), rel=0.2)
 
 
-# ------------------------------------------------------------------------------------------------ pair protocols
-
-
 def test_pair_accuracy_takes_each_threshold_from_the_other_folds():
     generator = np.random.default_rng(0)
     same, fold = np.tile([True, False], 300), np.repeat(np.arange(10), 60)
@@ -466,9 +454,6 @@ def test_pairs_without_folds_or_of_one_kind_are_refused():
         m.pair_accuracy(score, same, np.zeros(8, int))
     with pytest.raises(ValueError, match="only one kind"):
         m.pair_accuracy(score, np.ones(8, bool), np.arange(8) % 2)
-
-
-# ------------------------------------------------------------------------------------------------ intervals
 
 
 def trials(generator, rate, identities, icc):
@@ -545,9 +530,6 @@ def test_a_paired_difference_is_sharper_than_two_intervals_and_covers_the_truth(
     assert m.differences({"hit": hits}, {"hit": hits}, person, 0)["hit"] == (0, 0, 0)
     with pytest.raises(ValueError, match="same identities"):
         m.differences({"hit": hits}, {"hit": hits[1:]}, person, 0)
-
-
-# ------------------------------------------------------------------------------------------------ geometry
 
 
 def test_geometry_agrees_with_plain_numpy():

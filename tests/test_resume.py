@@ -1,10 +1,9 @@
 """Going on with a run: to the same bits, and only with the settings and data that it was started on."""
 
-import subprocess
-import sys
+import time
 
 import pytest
-from runs import ROOT, assert_same_run, state_of, train
+from runs import SERVER, assert_same_run, state_of, train
 
 import sniperface
 
@@ -60,13 +59,20 @@ def test_resume_must_and_never_mean_what_they_say(words, tmp_path):
         train(words, tmp_path, "train.resume=never")
 
 
+def hold_lock(folder, pipe):
+    with sniperface.run_lock(folder):
+        pipe.send("locked")
+        time.sleep(60)
+
+
 def test_a_second_process_in_the_run_folder_is_refused(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import sniperface, time, pathlib\n"
-    code += f"with sniperface.run_lock(pathlib.Path({str(tmp_path)!r})): print('locked', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout.readline().strip() == "locked"
-        with pytest.raises(ValueError, match="another process"), sniperface.run_lock(tmp_path):
-            pass
-        holder.kill()
+    here, there = SERVER.Pipe()
+    holder = SERVER.Process(target=hold_lock, args=(tmp_path, there))
+    holder.start()
+    assert here.recv() == "locked"
+    with pytest.raises(ValueError, match="another process"), sniperface.run_lock(tmp_path):
+        pass
+    holder.kill()
+    holder.join()
     with sniperface.run_lock(tmp_path):
         assert (tmp_path / ".lock").exists()

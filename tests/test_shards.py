@@ -2,7 +2,6 @@
 
 import errno
 import itertools
-import multiprocessing
 import os
 import shutil
 import threading
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import PEOPLE, drawn_numbers, numbered_rows, shuffled, split, stream_of, write_rows
+from runs import SERVER
 
 import dataio
 
@@ -124,16 +124,31 @@ def test_a_missing_shard_or_another_split_makes_all_shards_again(job):
     assert len(list(args[2].iterdir())) < len(shards)
 
 
-def test_a_crash_while_dealing_leaves_nothing_and_the_next_call_ends_well(job, monkeypatch):
-    args, splits = job
-    original = dataio.read_rows
-
-    def stops(*arguments):
+def read_seven_batches(original):
+    def read_rows(*arguments):
         yield from itertools.islice(original(*arguments), 7)
         raise KeyboardInterrupt
 
+    return read_rows
+
+
+def remove_one_bucket(original):
+    def rmtree(folder, *rest, **options):
+        if Path(folder).name == "buckets":
+            min(Path(folder).iterdir()).unlink()
+            raise KeyboardInterrupt
+        original(folder, *rest, **options)
+
+    return rmtree
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "crash"), [(dataio, "read_rows", read_seven_batches), (shutil, "rmtree", remove_one_bucket)]
+)
+def test_after_a_crash_while_rows_are_dealt_or_buckets_removed_the_next_call_ends_well(job, monkeypatch, module, name, crash):
+    args, splits = job
     with monkeypatch.context() as patch:
-        patch.setattr(dataio, "read_rows", stops)
+        patch.setattr(module, name, crash(getattr(module, name)))
         with pytest.raises(KeyboardInterrupt):
             dataio.materialize_split(*args, "train")
     assert not args[2].exists()
@@ -266,23 +281,6 @@ def test_what_is_made_in_the_background_comes_in_order_and_no_further_ahead_than
     assert threading.active_count() == threads
 
 
-def test_a_crash_while_the_buckets_are_removed_is_survived(job, monkeypatch):
-    args, splits = job
-    original = shutil.rmtree
-
-    def killed(folder, *rest, **options):
-        if Path(folder).name == "buckets":
-            next(iter(sorted(Path(folder).iterdir()))).unlink()
-            raise KeyboardInterrupt
-        original(folder, *rest, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", killed)
-        with pytest.raises(KeyboardInterrupt):
-            dataio.materialize_split(*args, "train")
-    assert in_order(rows_of(dataio.materialize_split(*args, "train"))) == expected_rows(splits, "train")
-
-
 def test_files_of_the_user_in_the_output_folder_are_not_deleted(job):
     args, _ = job
     args[2].mkdir(parents=True)
@@ -320,9 +318,9 @@ def test_a_bucket_that_lost_rows_is_refused(job, monkeypatch):
 def test_two_processes_that_materialise_take_turns(job):
     args, splits = job
     with dataio.locked(args[2].with_name(".digiface.lock"), wait=True):
-        other = multiprocessing.get_context("spawn").Process(target=dataio.materialize_split, args=(*args, "train"))
+        other = SERVER.Process(target=dataio.materialize_split, args=(*args, "train"))
         other.start()
-        other.join(5)
+        other.join(2)
         assert other.is_alive()
         assert not args[2].exists()
     other.join(60)

@@ -50,9 +50,9 @@ def test_the_images_come_in_the_order_that_was_announced(source):
 
 
 @pytest.mark.parametrize(("workers", "batch"), [(1, 32), (2, 32), (5, 32), (3, 1), (2, 100), (2, 299)])
-def test_order_and_pixels_depend_neither_on_workers_nor_on_the_batch_size(faces, workers, batch):
+def test_order_and_pixels_depend_neither_on_workers_nor_on_the_batch_size(people, workers, batch):
     def images(workers, batch):
-        stream = ParquetImageStream(str(faces / "*.parquet"), shuffle_buffer=100, image_size=32, seed=3)
+        stream = ParquetImageStream(str(people / "*.parquet"), shuffle_buffer=100, image_size=32, seed=3)
         return torch.cat(list(load_batches([stream], by_steps(batch), 0, 500 // batch, workers=workers)))
 
     count = 500 // batch * batch  # more than one pass of 304

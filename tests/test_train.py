@@ -78,14 +78,11 @@ def test_twenty_steps_of_each_faster_path_have_the_losses_of_the_plain_one(words
 @pytest.mark.parametrize(
     ("cpu", "bf16_instructions", "amx", "picked"),
     [
-        ("Intel Xeon", True, False, torch.float32),
-        ("Intel Xeon", True, True, torch.bfloat16),
-        ("Intel Xeon", False, False, torch.float32),
-        ("AMD EPYC", True, False, torch.bfloat16),
-        ("AMD EPYC", False, False, torch.float32),
-        (None, True, False, torch.bfloat16),
+        ("Intel Xeon", True, False, torch.float32), ("Intel Xeon", True, True, torch.bfloat16),
+        ("Intel Xeon", False, False, torch.float32), ("AMD EPYC", True, False, torch.bfloat16),
+        ("AMD EPYC", False, False, torch.float32), (None, True, False, torch.bfloat16),
     ],
-)
+)  # fmt: skip
 def test_the_precision_of_a_cpu_is_bf16_only_where_that_is_faster(monkeypatch, cpu, bf16_instructions, amx, picked):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": cpu} if cpu else {})
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16_instructions)
