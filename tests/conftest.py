@@ -18,13 +18,15 @@ from PIL import Image
 from tqdm import tqdm
 
 import dataio
-from dataio import ParquetImageStream, load_batches, write_demo_faces
+from dataio import ParquetImageStream, load_batches
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: they are too small to share among cores
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores Ctrl-C, and so would what tests start
 
 tqdm.monitor_interval = 0  # its thread would be in the way of fork
+
+write_demo_faces = dataio.write_demo_faces  # REWRITE: from demo_faces import write_demo_faces
 
 TEXT, BINARY = pa.string(), pa.binary()
 SIDE = 16  # of the numbered pictures
