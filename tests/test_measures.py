@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from conftest import without_hanging
 
 import moco as m
 
@@ -42,9 +41,6 @@ def plain_scores(vectors, drawn, template):
         centre = images.mean(axis=0)
         columns.append(probes @ (centre / np.linalg.norm(centre)) if template == "centroid" else (probes @ images.T).max(axis=1))
     return np.stack(columns, axis=1), np.searchsorted(codes, drawn.identity[drawn.probes])
-
-
-# ------------------------------------------------------------------------------------------------ vectors and enrolment
 
 
 @pytest.mark.parametrize(
@@ -121,9 +117,7 @@ def test_a_template_without_direction_or_of_unknown_kind_is_refused():
         m.build_gallery(opposite, np.array([0, 0]), "median")
 
 
-# ------------------------------------------------------------------------------------------------ ranks
-
-
+# REWRITE
 @pytest.mark.parametrize("template", ["centroid", "best"])
 @pytest.mark.parametrize("tile", [(1, 1), (7, 9), (512, 1024)])
 def test_ranks_and_scores_agree_with_plain_numpy(template, tile, monkeypatch):
@@ -148,6 +142,7 @@ def test_ranks_and_scores_agree_with_plain_numpy(template, tile, monkeypatch):
     np.testing.assert_array_equal(found.impostors.reshape(32, -1).sum(axis=1), np.histogram(rest, edges)[0])
 
 
+# REWRITE
 def test_search_gives_the_same_on_any_number_of_threads_and_leaves_torch_as_it_was(monkeypatch):
     monkeypatch.setattr(m, "PROBES", 12)
     gallery, probes, own, _ = gallery_and_probes(*faces(noise=1.5))
@@ -159,7 +154,7 @@ def test_search_gives_the_same_on_any_number_of_threads_and_leaves_torch_as_it_w
             assert torch.get_num_threads() == threads
         monkeypatch.setattr(m, "count_scores", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            without_hanging(lambda: m.search(probes, own, gallery, count=True))
+            m.search(probes, own, gallery, count=True)
     finally:
         torch.set_num_threads(before)
     for one, other in zip(*found, strict=True):
@@ -171,6 +166,7 @@ def test_closed_set_columns_are_the_cmc():
     assert {name: float(np.mean(c)) for name, c in columns.items()} == {"rank1": 0.25, "rank2": 0.75, "rank3": 0.75}
 
 
+# REWRITE
 def test_an_encoder_that_maps_all_faces_to_one_point_has_the_worst_rank():
     _, names, keys = faces()
     same = unit(np.tile(np.random.default_rng(0).standard_normal(512), (len(names), 1)))
@@ -179,6 +175,7 @@ def test_an_encoder_that_maps_all_faces_to_one_point_has_the_worst_rank():
         assert (m.search(probes, own, gallery).rank == 40).all()
 
 
+# REWRITE
 @pytest.mark.parametrize(("dim", "floor", "small"), [(128, 1.5, 1e-4), (512, 1.8, 1e-3)])
 @pytest.mark.parametrize("tile", [(512, 1024), (128, 256)])
 def test_a_tie_is_a_tie_where_products_round_most(dim, floor, small, tile, monkeypatch):
@@ -193,6 +190,7 @@ def test_a_tie_is_a_tie_where_products_round_most(dim, floor, small, tile, monke
     assert (m.search(person, np.arange(1024), once).rank == 1).all()
 
 
+# REWRITE
 def test_no_tile_is_so_narrow_that_its_products_round_otherwise():
     for rows in (1, 1024, 1025, 2054, 27_500):
         tiles = [rows.stop - rows.start for _, rows in m.cut_tiles(m.Gallery(np.zeros((rows, 1)), *[np.arange(rows)] * 3))]
@@ -201,6 +199,7 @@ def test_no_tile_is_so_narrow_that_its_products_round_otherwise():
         assert max(tiles) <= m.TILE
 
 
+# REWRITE
 def test_a_search_finds_the_same_where_the_people_of_a_block_are_all_over_the_gallery(monkeypatch):
     vectors, names, keys = faces(identities=300, noise=1.5)
     gallery, probes, own, _ = gallery_and_probes(vectors, names, keys)
@@ -212,6 +211,7 @@ def test_a_search_finds_the_same_where_the_people_of_a_block_are_all_over_the_ga
     assert found.impostors.sum() == wanted.impostors.sum()
 
 
+# REWRITE
 @pytest.mark.parametrize("template", ["centroid", "best"])
 def test_neighbours_and_rank_1_are_those_of_an_index_of_faiss(template):
     import faiss
@@ -229,6 +229,7 @@ def test_neighbours_and_rank_1_are_those_of_an_index_of_faiss(template):
     assert found.impostors is None
 
 
+# REWRITE
 def test_a_small_gallery_shows_all_its_rows():
     vectors, names, keys = faces(identities=4, images=(5, 8), noise=4)
     for template, shown in (("centroid", 4), ("best", m.NEIGHBOURS)):
@@ -239,6 +240,7 @@ def test_a_small_gallery_shows_all_its_rows():
         assert found.rank.max() <= 4
 
 
+# REWRITE
 def test_unknown_people_are_found_at_no_rank_and_all_their_pairs_are_impostors():
     vectors, names, keys = faces()
     gallery, probes, own, _ = gallery_and_probes(vectors, names, keys)
@@ -302,9 +304,6 @@ def test_random_embeddings_give_chance_within_the_interval(monkeypatch):
         for name, value in chance.items():
             inside[name] += found[name].low <= value <= found[name].high
     assert min(inside.values()) >= 33, inside  # 38 of 40 expected; fewer than 33 once in 500
-
-
-# ------------------------------------------------------------------------------------------------ verification and open set
 
 
 def plain_tar(genuine, impostors, far):
@@ -424,9 +423,6 @@ def test_the_interval_of_tpir_counts_the_unknown_probes_too(monkeypatch):
     assert np.mean(wide) == pytest.approx(2 * 1.96 * truth.std(), rel=0.2)
 
 
-# ------------------------------------------------------------------------------------------------ pair protocols
-
-
 def test_pair_accuracy_takes_each_threshold_from_the_other_folds():
     generator = np.random.default_rng(0)
     same, fold = np.tile([True, False], 300), np.repeat(np.arange(10), 60)
@@ -458,9 +454,6 @@ def test_pairs_without_folds_or_of_one_kind_are_refused():
         m.pair_accuracy(score, same, np.zeros(8, int))
     with pytest.raises(ValueError, match="only one kind"):
         m.pair_accuracy(score, np.ones(8, bool), np.arange(8) % 2)
-
-
-# ------------------------------------------------------------------------------------------------ intervals
 
 
 def trials(generator, rate, identities, icc):
@@ -537,9 +530,6 @@ def test_a_paired_difference_is_sharper_than_two_intervals_and_covers_the_truth(
     assert m.differences({"hit": hits}, {"hit": hits}, person, 0)["hit"] == (0, 0, 0)
     with pytest.raises(ValueError, match="same identities"):
         m.differences({"hit": hits}, {"hit": hits[1:]}, person, 0)
-
-
-# ------------------------------------------------------------------------------------------------ geometry
 
 
 def test_geometry_agrees_with_plain_numpy():

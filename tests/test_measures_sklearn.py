@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-import moco as m  # becomes: import moco as m
+import moco as m
 
 metrics = pytest.importorskip("sklearn.metrics")
 stats = pytest.importorskip("scipy.stats")

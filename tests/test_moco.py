@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_config import settings
+from runs import settings
 from torch import nn
 
 import moco
@@ -31,9 +31,6 @@ def small_moco(guard="shuffle", queue=24, groups=2, **more):
 
 def views(count=8, seed=1):
     return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-# --- the encoder
 
 
 def arcface_names(blocks):
@@ -78,9 +75,6 @@ def test_the_last_layer_fits_any_input_size(size):
     assert IResNet((1, 1, 1, 1), 0.125, size).eval()(torch.zeros(1, 3, size, size)).shape == (1, 512)
 
 
-# --- the loss
-
-
 def test_the_loss_equals_a_hand_computation():
     q, k, queue, temperature, margin = unit(4, 6, seed=1), unit(4, 6, seed=2), unit(9, 6, seed=3), 0.07, 0.1
     by_hand = []
@@ -110,9 +104,6 @@ def test_a_constant_encoder_has_exactly_the_chance_loss(queue_size, temperature,
     assert float(loss) == pytest.approx(moco.chance_loss(queue_size, temperature, margin), abs=1e-12)
     if known:
         assert float(loss) == pytest.approx(known, abs=0.005)
-
-
-# --- the guard against the BatchNorm leak
 
 
 def test_with_eman_a_key_does_not_depend_on_who_else_is_in_the_batch():
@@ -173,9 +164,6 @@ def test_no_sub_batch_is_too_small_to_be_normalised(batch, groups):
     keys = small_moco("shuffle", groups=groups).encode_keys(views(batch), torch.Generator().manual_seed(0))
     assert torch.isfinite(keys).all()
     assert keys.norm(dim=1).allclose(torch.ones(batch))
-
-
-# --- the method
 
 
 def test_a_step_gives_the_loss_of_its_own_figures_and_gradients_reach_the_query_encoder_only():

@@ -1,0 +1,213 @@
+"""Decoding: every kind of picture upright and in its colours, bombs and rubbish refused."""
+
+import io
+import random
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from conftest import BROKEN, SIDE, encode
+from PIL import Image
+
+import dataio
+
+
+def decode(data, size=SIDE, max_pixels=1_000_000):
+    image = dataio.decode_image(data, size, max_pixels)
+    assert image.dtype == np.uint8
+    assert image.shape == (size, size, 3)
+    return image
+
+
+def plain(mode, colour, size=(SIDE, SIDE)):
+    return Image.new(mode, size, colour)
+
+
+def palette(size=(SIDE, SIDE)):
+    image = Image.new("P", size, 3)
+    image.putpalette([0, 0, 0] * 3 + [10, 200, 30] + [255] * 3 * 252)
+    return image
+
+
+def deep_grey(value, size=SIDE):
+    return Image.fromarray(np.full((size, size), value, np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (encode(plain("L", 99)), (99, 99, 99)),
+        (encode(palette()), (10, 200, 30)),
+        (encode(palette(), transparency=7), (10, 200, 30)),
+        (encode(palette(), transparency=bytes([255, 255, 255, 9])), (10, 200, 30)),
+        (encode(plain("RGB", (1, 2, 3))), (1, 2, 3)),
+        (encode(plain("RGBA", (1, 2, 3, 255))), (1, 2, 3)),
+        (encode(plain("LA", (77, 255))), (77, 77, 77)),
+        (encode(plain("1", 1)), (255, 255, 255)),
+        (encode(plain("1", 0)), (0, 0, 0)),
+        (encode(deep_grey(0xABCD)), (0xAB, 0xAB, 0xAB)),
+        (encode(deep_grey(0xABCD), "tiff"), (0xAB, 0xAB, 0xAB)),
+        (encode(deep_grey(65535)), (255, 255, 255)),
+        (encode(deep_grey(255)), (0, 0, 0)),
+        (encode(plain("CMYK", (0, 0, 0, 0)), "jpeg"), (255, 255, 255)),
+        (encode(plain("CMYK", (0, 255, 255, 0)), "jpeg"), (255, 0, 0)),
+        (encode(plain("L", 80), "jpeg"), (80, 80, 80)),
+        (encode(plain("RGB", (200, 30, 60)), "jpeg", quality=100, subsampling=0), (200, 30, 60)),
+        (encode(plain("RGB", (200, 30, 60)), "webp", lossless=True), (200, 30, 60)),
+        (encode(plain("RGB", (200, 30, 60)), "bmp"), (200, 30, 60)),
+        (encode(plain("RGB", (200, 30, 60)), "tiff"), (200, 30, 60)),
+        (encode(palette(), "gif"), (10, 200, 30)),
+        (encode(plain("RGB", (200, 30, 60)), "jpeg", exif=b"Exif\0\0 no such thing"), (200, 30, 60)),
+    ],
+)  # fmt: skip
+def test_pictures_of_every_mode_have_their_colour(data, expected):
+    assert np.abs(decode(data).astype(int) - expected).max() <= 3
+
+
+def test_a_square_png_of_the_right_size_is_decoded_bit_for_bit():
+    pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    assert (decode(encode(pixels)) == pixels).all()
+    assert (decode(memoryview(encode(pixels))) == pixels).all()
+    assert (decode(pa.py_buffer(encode(pixels))) == pixels).all()
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "tiff", "webp"])
+@pytest.mark.parametrize(
+    ("orientation", "corner"),
+    [(1, (0, 0)), (2, (0, 1)), (3, (1, 1)), (4, (1, 0)), (5, (0, 0)), (6, (0, 1)), (7, (1, 1)), (8, (1, 0))],
+)
+def test_a_camera_held_sideways_is_turned_upright(kind, orientation, corner):
+    pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
+    pixels[:8, :8] = 255  # white at the upper left of what is stored
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = decode(encode(pixels, kind, exif=exif)).astype(int)
+    bright = {(y, x): image[8 * y : 8 * y + 8, 8 * x : 8 * x + 8].mean() for y in (0, 1) for x in (0, 1)}
+    assert max(bright, key=bright.get) == corner
+    assert bright[corner] > 220
+
+
+@pytest.mark.parametrize("kind", ["gif", "png", "webp"])
+def test_an_animated_picture_gives_its_first_frame(kind):
+    frames = [plain("RGB", colour) for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
+    options = {"lossless": True} if kind == "webp" else {}
+    data = encode(frames[0], kind, save_all=True, append_images=frames[1:], duration=10, **options)
+    assert Image.open(io.BytesIO(data)).n_frames == 3
+    assert np.abs(decode(data).astype(int) - (250, 0, 0)).max() <= 3
+
+
+def test_a_picture_of_one_pixel_fills_the_square():
+    assert (decode(encode(plain("RGB", (9, 8, 7), (1, 1)))) == (9, 8, 7)).all()
+
+
+def test_a_large_picture_is_averaged_down_and_not_sampled():
+    checks = np.indices((8 * SIDE, 8 * SIDE)).sum(0) % 2 * 255
+    assert np.abs(decode(encode(checks.astype(np.uint8))).astype(int) - 127).max() <= 3
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_picture_that_is_not_square_loses_the_ends_of_its_longer_side(turned):
+    pixels = np.zeros((20, 60, 3), np.uint8)
+    pixels[:, :20], pixels[:, 20:40], pixels[:, 40:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    image = decode(encode(pixels.transpose(1, 0, 2) if turned else pixels))
+    assert (image[2:-2, 2:-2] == (0, 255, 0)).all()
+    assert (image[..., 1] > 150).all()
+
+
+def test_a_picture_20000_pixels_wide_is_decoded_or_refused_by_its_area():
+    wide = encode(plain("RGB", (5, 6, 7), (20_000, 3)))
+    assert (decode(wide) == (5, 6, 7)).all()
+    with pytest.raises(ValueError, match=r"20000 x 3 pixels are more than data.max_image_pixels=59999"):
+        decode(wide, max_pixels=59_999)
+    decode(wide, max_pixels=60_000)
+
+
+@pytest.mark.parametrize("kind", ["png", "gif", "tiff", "bmp", "jpeg", "webp"])
+def test_a_bomb_is_refused_before_it_is_unpacked(kind, monkeypatch):
+    data = encode(plain("L" if kind != "webp" else "RGB", 0, (3000, 3000)), kind)
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("was unpacked"))
+    with pytest.raises(ValueError, match="3000 x 3000 pixels are more than"):
+        decode(data)
+
+
+def test_a_bomb_of_billions_of_pixels_in_a_few_bytes_is_refused():
+    data = bytearray(encode(plain("L", 0)))
+    data[16:24] = (60_000).to_bytes(4) * 2  # width and height in IHDR
+    data[29:33] = dataio.zlib.crc32(data[12:29]).to_bytes(4)
+    for max_pixels in (1_000_000, 10**12):  # Pillow's own limit holds too
+        with pytest.raises(ValueError, match=r"60000 x 60000|[Bb]omb|3600000000"):
+            decode(bytes(data), max_pixels=max_pixels)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "webp", "tiff"])
+def test_truncated_pictures_are_refused(kind):
+    data = encode(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8), kind)
+    decode(data)
+    for share in (0.0, 0.01, 0.1, 0.5):
+        with pytest.raises(ValueError, match=r".+"):
+            decode(data[: int(share * len(data))])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"", b"\0", b"hello, I am text", b"<svg xmlns='http://www.w3.org/2000/svg'/>", BROKEN, b"GIF89a", b"P6 1 1 255 abc",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    ],
+)  # fmt: skip
+def test_what_is_no_picture_is_refused_with_a_reason(data):
+    with pytest.raises(ValueError, match=r"\w+"):
+        decode(data)
+
+
+def test_every_flipped_bit_of_a_small_png_gives_a_picture_or_a_refusal():
+    whole, refused = encode(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)), 0
+    for place in range(len(whole)):
+        data = bytearray(whole)
+        data[place] ^= 1 << place % 8
+        try:
+            decode(bytes(data))
+        except ValueError:
+            refused += 1
+    assert refused > len(whole) // 2  # PNG has checksums
+
+
+def mutated(data, rng):
+    data = bytearray(data)
+    for _ in range(rng.choice([1, 1, 2, 8, 40])):
+        place = rng.randrange(len(data) + 1)
+        kind = rng.randrange(5)
+        if kind == 0 and place < len(data):
+            data[place] ^= 1 << rng.randrange(8)
+        elif kind == 1 and place < len(data):
+            data[place] = rng.choice([0, 255, 127, 128, rng.randrange(256)])
+        elif kind == 2:
+            data[place:place] = rng.randbytes(rng.randrange(1, 20))
+        elif kind == 3:
+            del data[place : place + rng.randrange(1, 20)]
+        elif len(data) > 2 and rng.random() < 0.2:
+            del data[place:]
+    return bytes(data)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_three_hundred_mutated_pictures_give_pixels_or_a_value_error():
+    pixels, rng = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8), random.Random(11)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    valid = [
+        encode(pixels), encode(pixels, "jpeg"), encode(pixels, "jpeg", exif=exif), encode(pixels, "png", exif=exif),
+        encode(pixels, "webp"),
+        encode(palette(), "gif"), encode(palette(), "png", transparency=b"\1\2\3"), encode(deep_grey(9)), encode(pixels, "tiff"),
+        encode(pixels, "tiff", compression="tiff_lzw"), encode(pixels, "bmp"), encode(plain("CMYK", 0), "jpeg"),
+    ]  # fmt: skip
+    outcomes = Counter()
+    for n in range(300):
+        try:
+            decode(mutated(valid[n % len(valid)], rng))
+            outcomes["picture"] += 1
+        except ValueError as error:
+            outcomes["refused" if str(error) else "refused without a reason"] += 1
+    assert outcomes.keys() == {"picture", "refused"}
+    assert min(outcomes.values()) > 30

@@ -1,0 +1,78 @@
+"""Going on with a run: to the same bits, and only with the settings and data that it was started on."""
+
+import time
+
+import pytest
+from runs import SERVER, assert_same_run, state_of, train
+
+import sniperface
+
+
+@pytest.mark.parametrize("cache", ["none", "decoded"])
+def test_a_run_stopped_inside_an_epoch_goes_on_to_the_same_bits_whatever_the_workers(words, tmp_path, cache):
+    train(words, tmp_path / "whole", f"data.cache={cache}", "data.workers=2")
+    train(words, tmp_path / "parts", f"data.cache={cache}", "data.workers=1", "train.max_steps=5")
+    assert state_of(tmp_path / "parts")["step"] == 5
+    train(words, tmp_path / "parts", f"data.cache={cache}", "data.workers=3", "train.max_steps=17")
+    train(words, tmp_path / "parts", f"data.cache={cache}", "data.workers=2")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_finished_run_says_so_and_changes_nothing(words, tmp_path, caplog):
+    first = train(words, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
+    with caplog.at_level("INFO", logger="sniperface"):
+        assert train(words, tmp_path) == first
+    assert "finished" in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")} == before
+
+
+def test_settings_that_would_make_it_another_run_are_refused_with_the_command_that_works(words, tmp_path):
+    train(words, tmp_path / "run_001", "train.max_steps=2")
+    with pytest.raises(ValueError, match=r"train.lr was 0.05, asked is 0.01[\s\S]*run=run_002"):
+        train(words, tmp_path / "run_001", "train.lr=0.01")
+    free = ["train.log_every=1", "data.workers=1", "data.max_bad_fraction=0.5"]
+    train(words, tmp_path / "run_001", *free, "train.max_steps=3")
+    assert state_of(tmp_path / "run_001")["step"] == 3
+
+
+def test_a_cache_that_would_change_the_order_is_refused_before_it_is_made(words, tmp_path):
+    train(words, tmp_path / "run", "train.max_steps=2")
+    with pytest.raises(ValueError, match="decoded draws in another order"):
+        train(words, tmp_path / "run", "data.cache=decoded")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_a_killed_process_left_half_written_goes_with_the_next_start(words, tmp_path):
+    stale = tmp_path / "checkpoints" / ".step_0000007.pt.~1~another-container.tmp"
+    stale.parent.mkdir()
+    stale.write_bytes(b"half")
+    train(words, tmp_path, "train.max_steps=2")
+    assert not stale.exists()
+
+
+def test_resume_must_and_never_mean_what_they_say(words, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        train(words, tmp_path, "train.resume=must")
+    train(words, tmp_path, "train.max_steps=2")
+    with pytest.raises(ValueError, match=r"train\.resume=never"):
+        train(words, tmp_path, "train.resume=never")
+
+
+def hold_lock(folder, pipe):
+    with sniperface.run_lock(folder):
+        pipe.send("locked")
+        time.sleep(60)
+
+
+def test_a_second_process_in_the_run_folder_is_refused(tmp_path):
+    here, there = SERVER.Pipe()
+    holder = SERVER.Process(target=hold_lock, args=(tmp_path, there))
+    holder.start()
+    assert here.recv() == "locked"
+    with pytest.raises(ValueError, match="another process"), sniperface.run_lock(tmp_path):
+        pass
+    holder.kill()
+    holder.join()
+    with sniperface.run_lock(tmp_path):
+        assert (tmp_path / ".lock").exists()
