@@ -150,9 +150,6 @@ def read_or_refused(read, name: str):
             pytest.fail(f"does not name {name}: {error}")
 
 
-ROOT = CONF.parent
-
-
 def draw_no_plots(patch: pytest.MonkeyPatch) -> None:
     """As where matplotlib is missing; plots take longer than a small run."""
     patch.setattr(sniperface, "can_draw", lambda: False)
@@ -218,7 +215,7 @@ class Command:
         descriptor, told = tempfile.mkstemp(dir=cwd.parent, suffix=".told")
         os.close(descriptor)
         self.told = Path(told)
-        self.process = SERVER.Process(target=run_script, args=([*arguments], cwd, self.told))
+        self.process = SERVER.Process(target=run_script, args=([*arguments], cwd, self.told), daemon=True)
         self.process.start()
         self.pid = self.process.pid
 

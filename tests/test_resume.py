@@ -67,7 +67,7 @@ def hold_lock(folder, pipe):
 
 def test_a_second_process_in_the_run_folder_is_refused(tmp_path):
     here, there = SERVER.Pipe()
-    holder = SERVER.Process(target=hold_lock, args=(tmp_path, there))
+    holder = SERVER.Process(target=hold_lock, args=(tmp_path, there), daemon=True)
     holder.start()
     assert here.recv() == "locked"
     with pytest.raises(ValueError, match="another process"), sniperface.run_lock(tmp_path):

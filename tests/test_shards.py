@@ -318,7 +318,7 @@ def test_a_bucket_that_lost_rows_is_refused(job, monkeypatch):
 def test_two_processes_that_materialise_take_turns(job):
     args, splits = job
     with dataio.locked(args[2].with_name(".digiface.lock"), wait=True):
-        other = SERVER.Process(target=dataio.materialize_split, args=(*args, "train"))
+        other = SERVER.Process(target=dataio.materialize_split, args=(*args, "train"), daemon=True)
         other.start()
         other.join(2)
         assert other.is_alive()
