@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import runs
 import torch
+from demo_faces import write_demo_faces
 from PIL import Image
 from tqdm import tqdm
 
@@ -26,7 +27,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 
 tqdm.monitor_interval = 0  # its thread would be in the way of fork
 
-write_demo_faces = dataio.write_demo_faces  # REWRITE: from demo_faces import write_demo_faces
 
 TEXT, BINARY = pa.string(), pa.binary()
 SIDE = 16  # of the numbered pictures

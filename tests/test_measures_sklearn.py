@@ -39,7 +39,7 @@ def test_rank_k_agrees_with_scikit_learn():
         for x in (templates, templates[own] + 1.5 * generator.standard_normal((400, 16)))
     ]
     gallery = m.build_gallery(unit[0], np.arange(30))
-    rank = m.search(unit[1], own, gallery).rank
+    rank = m.search(unit[1], np.arange(400), own, gallery, 30).rank
     columns = m.closed_set(rank)
     for k in (1, 5, 10, 20):
         plain = metrics.top_k_accuracy_score(own, unit[1] @ unit[0].T, k=k, labels=np.arange(30))

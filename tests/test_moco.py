@@ -10,7 +10,7 @@ from torch import nn
 
 import moco
 import sniperface
-from moco import IResNet, MarginNCE, MoCo, ProjectionHead, iresnet50, iresnet100, margin_nce
+from moco import IResNet, MarginNCE, MoCo, ProjectionHead, iresnet50, iresnet100
 
 
 def unit(*shape, seed=0):
@@ -82,17 +82,16 @@ def test_the_loss_equals_a_hand_computation():
         positive = math.exp((float(q[i] @ k[i]) - margin) / temperature)
         negatives = sum(math.exp(float(q[i] @ n) / temperature) for n in queue)
         by_hand.append(-math.log(positive / (positive + negatives)))
-    assert float(margin_nce(q, k, queue, temperature, margin)) == pytest.approx(sum(by_hand) / 4, abs=1e-12)
-    assert float(MarginNCE(temperature, margin)(q, k, queue)) == float(margin_nce(q, k, queue, temperature, margin))
+    assert float(MarginNCE(temperature, margin)(q, k, queue)) == pytest.approx(sum(by_hand) / 4, abs=1e-12)
 
 
 def test_margin_zero_is_infonce_and_the_sign_of_the_margin_is_kept():
     q, k, queue = unit(4, 6, seed=1), unit(4, 6, seed=2), unit(9, 6, seed=3)
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / 0.2
-    assert float(margin_nce(q, k, queue, 0.2, 0.0)) == pytest.approx(
+    assert float(MarginNCE(0.2, 0.0)(q, k, queue)) == pytest.approx(
         float(F.cross_entropy(logits, torch.zeros(4).long())), abs=1e-14
     )
-    assert margin_nce(q, k, queue, 0.2, 0.1) > margin_nce(q, k, queue, 0.2, 0.0) > margin_nce(q, k, queue, 0.2, -0.1)
+    assert MarginNCE(0.2, 0.1)(q, k, queue) > MarginNCE(0.2, 0.0)(q, k, queue) > MarginNCE(0.2, -0.1)(q, k, queue)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +99,7 @@ def test_margin_zero_is_infonce_and_the_sign_of_the_margin_is_kept():
 )
 def test_a_constant_encoder_has_exactly_the_chance_loss(queue_size, temperature, margin, known):
     one = unit(1, 8)
-    loss = margin_nce(one.expand(5, 8), one.expand(5, 8), one.expand(queue_size, 8), temperature, margin)
+    loss = MarginNCE(temperature, margin)(one.expand(5, 8), one.expand(5, 8), one.expand(queue_size, 8))
     assert float(loss) == pytest.approx(moco.chance_loss(queue_size, temperature, margin), abs=1e-12)
     if known:
         assert float(loss) == pytest.approx(known, abs=0.005)
@@ -133,13 +132,6 @@ def test_shuffled_sub_batches_come_back_in_order_each_with_its_own_statistics():
     assert (keys - whole).abs().max() > 1e-3
 
 
-def test_a_backbone_whose_batchnorms_cannot_work_in_sub_batches_is_refused_and_not_left_unguarded():
-    plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 512), torch.nn.BatchNorm1d(512))
-    with pytest.raises(ValueError, match=r"must be moco\.BatchNorm1d or 2d"):
-        moco.MoCo(plain, moco.ProjectionHead(), moco.MarginNCE(0.2, 0), 8, "shuffle")
-    assert moco.MoCo(plain, moco.ProjectionHead(), moco.MarginNCE(0.2, 0), 8, "none").guard == "none"
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_our_prelu_is_that_of_torch_with_its_gradients(dtype):
     generator = torch.Generator().manual_seed(0)
@@ -170,7 +162,7 @@ def test_a_step_gives_the_loss_of_its_own_figures_and_gradients_reach_the_query_
     model = small_moco("none")
     out = model(views(seed=1), views(seed=2))
     q, k = model.encode_queries(views(seed=1)), out.keys
-    assert float(out.loss.detach()) == pytest.approx(float(margin_nce(q, k, model.queue, 0.2, 0.1)), abs=1e-5)
+    assert float(out.loss.detach()) == pytest.approx(float(MarginNCE(0.2, 0.1)(q, k, model.queue)), abs=1e-5)
     assert float(out.pos_sim) == pytest.approx(float((q * k).sum(1).mean()), abs=1e-5)
     negatives = q @ model.queue.T
     assert float(out.neg_sim) == pytest.approx(float(negatives.mean()), abs=1e-5)
@@ -196,7 +188,7 @@ def test_logits_and_loss_are_float32_inside_autocast():
         out = model(views(seed=1), views(seed=2))
         q = model.encode_queries(views(seed=1))
     assert out.loss.dtype == torch.float32
-    exact = margin_nce(q.double(), out.keys.double(), model.queue.double(), 0.2, 0.1)
+    exact = MarginNCE(0.2, 0.1)(q.double(), out.keys.double(), model.queue.double())
     assert float(out.loss.detach()) == pytest.approx(float(exact), abs=2e-5)
 
 
@@ -258,7 +250,7 @@ def test_spread_is_about_one_for_even_rows_and_zero_for_a_collapse():
 def test_weight_decay_spares_what_has_one_dimension_and_the_fixed_scale_is_not_trained():
     cfg = settings("backbone=tiny", "moco.queue_size=512")
     model = sniperface.build_model(cfg)
-    decayed, free = sniperface.build_optimizer(model, cfg.train, torch.device("cpu"), scaled=False).param_groups
+    decayed, free = moco.build_optimizer(model, cfg.train, fused=True).param_groups
     assert decayed["weight_decay"] == 0.0005
     assert free["weight_decay"] == 0
     assert all(p.ndim > 1 for p in decayed["params"])
@@ -268,7 +260,7 @@ def test_weight_decay_spares_what_has_one_dimension_and_the_fixed_scale_is_not_t
 
 def test_the_learning_rate_warms_up_and_falls_to_zero_whatever_max_steps():
     cfg = settings("train.lr=0.4", "train.warmup_epochs=2").train
-    rates = [sniperface.lr_at(step, 100, 10, cfg) for step in range(100)]
+    rates = [moco.lr_at(step, 100, 10, cfg) for step in range(100)]
     assert rates[:20] == sorted(rates[:20])
     assert rates[20:] == sorted(rates[20:], reverse=True)
     assert rates[0] == pytest.approx(0.4 / 21)
