@@ -17,7 +17,7 @@ EVERY_OP = {
     "shear_x": (-0.1, 0.1), "shear_y": (-0.1, 0.1),
     "warp": (0.05, 0.1), "brightness": (0.5, 1.5), "contrast": (0.5, 1.5), "saturation": (0.0, 2.0), "hue": (-0.1, 0.1),
     "grey": (1, 1), "low_resolution": (0.2, 0.9),
-    "blur": (0.5, 2.0), "sharpness": (0.5, 1.9), "posterise": (3, 8), "solarise": (0.4, 1.0), "autocontrast": (1, 1),
+    "blur": (0.5, 2.0), "sharpness": (0.5, 1.9), "posterise": (3, 8), "solarise": (0.2, 0.6), "autocontrast": (1, 1),
     "equalise": (1, 1), "noise": (0.05, 0.1),
     "erase": (0.05, 0.2),
 }  # fmt: skip
@@ -37,7 +37,13 @@ def generator(seed=0):
 
 
 def view(images, seed=0, **options):
-    return dataio.augment(images, recipe(**options), generator(seed))
+    return dataio.augment(images, recipe(**options), dataio.draw_numbers(len(images), generator(seed)))
+
+
+def strengths_of(cfg, count, seed=0):
+    """The strength of each operation for `count` images, as `augment` draws them."""
+    numbers = dataio.draw_numbers(count, generator(seed)).split([*dataio.NUMBERS.values()], dim=1)
+    return dataio.strengths_of(cfg, dict(zip(dataio.NUMBERS, numbers, strict=True)))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +111,7 @@ def test_each_image_has_its_own_draw_of_each_operation(portraits, op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_each_operation_applies_to_the_share_of_images_that_p_says(op):
-    strengths = dataio.draw_strengths(recipe(p=0.3, **{op: EVERY_OP[op]}), 4000, generator())
+    strengths = strengths_of(recipe(p=0.3, **{op: EVERY_OP[op]}), 4000)
     neutral = dataio.NEUTRAL.get(op, 0.0)
     assert (strengths[op] != neutral).float().mean() == pytest.approx(0.3, abs=0.03)
     applied = strengths[op][strengths[op] != neutral]
@@ -203,7 +209,7 @@ def test_a_warp_moves_the_corners_by_up_to_its_share_and_leaves_straight_lines_b
 
 
 def test_corners_of_the_map_are_where_they_were_sent():
-    neutral = dataio.draw_strengths(recipe(), 1, generator())
+    neutral = strengths_of(recipe(), 1)
     corners = torch.tensor([[[0.1, -0.2, 0.05, 0.3], [0.0, 0.1, -0.1, 0.2]]])
     maps = dataio.geometry(neutral, corners)[0]
     for number, (x, y) in enumerate([(-1, -1), (1, -1), (-1, 1), (1, 1)]):
@@ -212,7 +218,7 @@ def test_corners_of_the_map_are_where_they_were_sent():
 
 def colours(**options):
     """The colour map [3, 4] of one image with the operations given."""
-    return dataio.colour_matrix(dataio.draw_strengths(recipe(**options), 1, generator()))[0]
+    return dataio.colour_matrix(strengths_of(recipe(**options), 1))[0]
 
 
 IDENTITY = torch.eye(3, 4)
@@ -241,6 +247,7 @@ TORCHVISION = {
     "saturation": (TV.adjust_saturation, (0.0, 0.4, 1.0, 1.6)),
     "solarise": (lambda x, threshold: TV.solarize(x, threshold * 255), (0.1, 0.5, 0.9)),
     "blur": (lambda x, sigma: TV.gaussian_blur(x, [13, 13], [sigma, sigma]), (0.5, 1.0, 1.8)),
+    "sharpness": (TV.adjust_sharpness, (0.3, 1.0, 1.8)),
 }
 
 
@@ -248,7 +255,14 @@ TORCHVISION = {
     ("op", "strength"), [(op, strength) for op, (_, strengths) in TORCHVISION.items() for strength in strengths]
 )
 def test_operations_agree_with_torchvision(portraits, op, strength):
-    assert levels_apart(view(portraits, **{op: strength}), TORCHVISION[op][0](portraits, strength)).max() <= 1
+    apart = levels_apart(view(portraits, **{op: strength}), TORCHVISION[op][0](portraits, strength))
+    border = 6 if op == "blur" else 0  # where torchvision mirrors, and ours takes the pixels that there are
+    assert apart[..., border : 112 - border, border : 112 - border].max() <= 1
+
+
+def test_blur_keeps_plain_areas_up_to_the_border():
+    plain = torch.full((2, 3, 32, 32), 90, dtype=torch.uint8)
+    assert torch.equal(to_bytes(view(plain, blur=1.8)), plain)
 
 
 def test_grey_gives_equal_channels_with_the_usual_weights(portraits):
@@ -263,7 +277,7 @@ def test_grey_gives_equal_channels_with_the_usual_weights(portraits):
 def test_pick_applies_at_most_n_operations_and_all_alike_often():
     limits = {name: (low + 0.01, high + 0.011) for name, (low, high) in EVERY_OP.items()}
     count, n = 6000, 4
-    strengths = dataio.draw_strengths(recipe(pick=n, **limits), count, generator())
+    strengths = strengths_of(recipe(pick=n, **limits), count)
     applies = torch.stack([strengths[name] != dataio.NEUTRAL.get(name, 0.0) for name in OPS])
     each = applies.sum(0)
     assert each.max() == n
@@ -275,7 +289,7 @@ def test_pick_applies_at_most_n_operations_and_all_alike_often():
 def test_pick_never_applies_an_operation_whose_p_is_0():
     few = {name: EVERY_OP[name] for name in ("blur", "noise", "erase")}
     for pick in (1, 2, 3, 4, 5, 20):
-        strengths = dataio.draw_strengths(recipe(pick=pick, **few), 500, generator())
+        strengths = strengths_of(recipe(pick=pick, **few), 500)
         assert all((strengths[name] == dataio.NEUTRAL.get(name, 0.0)).all() for name in OPS if name not in few)
         applied = sum((strengths[name] != 0).int() for name in few)
         assert applied.max() == min(pick, 3)
@@ -283,7 +297,7 @@ def test_pick_never_applies_an_operation_whose_p_is_0():
 
 
 def test_pick_of_more_operations_than_there_are_applies_them_all():
-    strengths = dataio.draw_strengths(recipe(pick=30, blur=(1, 2)), 10, generator())
+    strengths = strengths_of(recipe(pick=30, blur=(1, 2)), 10)
     assert (strengths["blur"] != 0).all()
 
 
@@ -316,12 +330,6 @@ def test_equalise_keeps_a_black_border_black_and_a_plain_picture_as_it_is(portra
     assert torch.equal(to_bytes(view(plain, equalise=1)), plain)
 
 
-@pytest.mark.parametrize("factor", [0.3, 1.0, 1.8])
-def test_sharpness_agrees_with_torchvision_inside_the_border(portraits, factor):
-    ours, reference = view(portraits, sharpness=factor), TV.adjust_sharpness(portraits, factor)
-    assert levels_apart(ours, reference)[..., 1:-1, 1:-1].max() <= 1
-
-
 def test_low_resolution_keeps_plain_areas_and_takes_detail(portraits):
     plain = torch.full((1, 3, 64, 64), 90, dtype=torch.uint8)
     assert torch.equal(to_bytes(view(plain, low_resolution=0.25)), plain)
@@ -339,28 +347,6 @@ def test_low_resolution_is_what_interpolation_to_whole_pixels_and_back_gives(por
     assert torch.allclose(view(portraits, low_resolution=side), wanted, atol=1e-4)
 
 
-def test_softening_is_low_resolution_and_then_blur_for_those_images_that_have_them(portraits):
-    x, none = dataio.to_float(portraits), torch.zeros(8)
-    side, sigma = torch.tensor([0, 0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]), torch.tensor([0, 1.5, 0, 1.2, 0, 0.8, 2.0, 0])
-    both = dataio.soften(x, side, sigma)
-    assert torch.equal(both[0], x[0])
-    assert torch.allclose(both, dataio.soften(dataio.soften(x, side, none), none, sigma), atol=1e-5)
-    assert not torch.allclose(both, dataio.soften(dataio.soften(x, none, sigma), side, none), atol=1e-3)
-
-
-# REWRITE
-@pytest.mark.parametrize("size", [16, 17, 64, 112])
-@pytest.mark.parametrize("sigma", [0.0, 0.5, 1.8, 2.5])
-def test_the_bands_of_softening_leave_nothing_out(size, sigma, monkeypatch):
-    x, sides = torch.rand(5, 3, size, size, generator=generator()), [0.1, 0.2, 0.33, 0.6, 0.95] + [0.0] * (sigma > 0)
-    strengths = [(torch.tensor([side, *sides[:4]]), torch.tensor([sigma, 0, 0, sigma, 0])) for side in sides]
-    strengths += [(torch.full((5,), side), torch.full((5,), sigma)) for side in sides]
-    in_bands = [dataio.soften(x, *each) for each in strengths]
-    monkeypatch.setattr(dataio, "banded_product", lambda maps, x, _: maps @ x)
-    for each, found in zip(strengths, in_bands, strict=True):
-        assert torch.allclose(found, dataio.soften(x, *each), atol=1e-6)
-
-
 def test_what_lies_outside_of_the_picture_is_mirrored(portraits):
     maps = torch.zeros(8, 2, 4)
     maps[:, 0, 1] = maps[:, 1, 2] = 1.3  # x and y of the view, a third wider than the picture
@@ -369,32 +355,17 @@ def test_what_lies_outside_of_the_picture_is_mirrored(portraits):
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     grid = 1.3 * torch.stack([x, y], dim=-1) + maps[:, None, None, :, 0]
     wanted = F.grid_sample(dataio.to_float(portraits), grid, padding_mode="reflection", align_corners=False)
-    for far in (False, True):
-        assert torch.allclose(dataio.resample(dataio.to_float(portraits), maps, far), wanted, atol=1e-4)
+    assert torch.allclose(dataio.resample(dataio.to_float(portraits), maps), wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize("strength", [{"zoom": 0.2}, {"shift_x": 1.3}, {"zoom": 0.4, "shift_y": -0.9}])
-def test_a_view_far_outside_of_the_picture_is_mirrored_again(portraits, strength):
-    maps = torch.zeros(8, 2, 4)
-    maps[:, 0, 1] = maps[:, 1, 2] = 1 / strength.get("zoom", 1)
-    maps[:, :, 0] = 2 * torch.tensor([strength.get("shift_x", 0), strength.get("shift_y", 0)])
-    wanted = dataio.resample(dataio.to_float(portraits), maps, far=True)
-    assert torch.allclose(view(portraits, **strength), wanted, atol=1e-4)
-    assert not torch.allclose(dataio.resample(dataio.to_float(portraits), maps, far=False), wanted, atol=0.1)
-
-
-# REWRITE
-def test_views_do_not_depend_on_how_many_are_made_at_once(portraits, monkeypatch):
-    pictures, found, parts, original = portraits.repeat(20, 1, 1, 1), [], [], dataio.resample
-    monkeypatch.setattr(dataio, "resample", lambda images, *rest: parts.append(len(images)) or original(images, *rest))
-    for threads in (1, 2, 100):  # 12, 24 and all at once of those that are softened alike
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        parts.clear()
-        found.append((view(pictures, p=0.5, flip=0.5, **EVERY_OP), max(parts)))
-    assert [most for _, most in found[:2]] == [12, 24]
-    assert found[2][1] > 24
-    assert torch.equal(found[0][0], found[2][0])
-    assert torch.equal(found[1][0], found[2][0])
+def test_a_part_of_a_batch_gives_the_same_views_by_itself(portraits):
+    cfg, numbers = recipe(p=0.5, flip=0.5, **EVERY_OP), dataio.draw_numbers(40, generator())
+    pictures = portraits.repeat(5, 1, 1, 1)
+    whole = dataio.augment(pictures, cfg, numbers)
+    for rows in (slice(0, 1), slice(3, 20), slice(1, None, 2)):
+        assert torch.equal(dataio.augment(pictures[rows], cfg, numbers[rows]), whole[rows])
+    longer = dataio.draw_numbers(60, generator())
+    assert torch.equal(longer[:40], numbers)
 
 
 def test_noise_has_the_spread_that_was_asked_for():
