@@ -30,7 +30,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -41,9 +41,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
-
-if TYPE_CHECKING:
-    import polars as pl
 
 log = logging.getLogger("sniperface")
 ROW_GROUP_ROWS = 500  # of the files we write: small enough to mix many at a time, large enough to read fast
@@ -184,18 +181,18 @@ COLUMNS = Columns("identity_id", "image_filename", "image_bytes")  # the contrac
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Turn what reading a damaged file raises into a ValueError that names it."""
+def naming(place: object) -> Iterator[None]:
+    """Turn what reading a damaged file raises into a ValueError that names its place."""
     try:
         yield
     except (OSError, OverflowError, pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError, StopIteration) as error:
-        raise ValueError(f"{path}: damaged ({first_line(error)}); fetch it again or leave it out") from error
+        raise ValueError(f"{place}: damaged, or no such file ({first_line(error)}); fetch it again or leave it out") from error
 
 
 def open_parquet(path: Path, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
-    """Open for reading row group by row group: `pre_buffer` would keep the whole file in memory."""
+    """Open for reading row group by row group; without these buffers the whole file, or a whole row group, is kept in memory."""
     with naming(path):
-        parquet = pq.ParquetFile(path, metadata=metadata, pre_buffer=False, page_checksum_verification=True)
+        parquet = pq.ParquetFile(path, metadata=metadata, pre_buffer=False, buffer_size=1 << 17, page_checksum_verification=True)
         parquet.schema_arrow.names  # noqa: B018  # a damaged schema is noticed here
         return parquet
 
@@ -226,9 +223,10 @@ def read_strings(parquet: pq.ParquetFile, path: Path, name: str) -> pa.Array:
     with naming(path):
         column = parquet.read(columns=[name], use_threads=False).column(0)
         column.validate(full=True)  # a string that is not valid UTF-8
+        strings = pc.cast(column, pa.large_string()).combine_chunks()
     if column.null_count:
         raise ValueError(f"{path}: {column.null_count} of {len(column)} rows have no {name!r}; every row needs one")
-    return pc.cast(column, pa.large_string()).combine_chunks()
+    return strings
 
 
 def read_metadata(path: Path) -> dict:
@@ -249,27 +247,19 @@ def stamp(path: Path) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=256)
-def _scan_identities(path: Path, stamped: tuple[int, int], columns: Columns) -> "tuple[pq.FileMetaData, pl.DataFrame]":
-    import polars as pl
+def scan_identities(path: Path, stamped: tuple[int, int], columns: Columns) -> tuple[pq.FileMetaData, pa.Array]:
+    """A file's footer and the identity of each of its rows, read from that column only; `stamped` is its `stamp`.
 
+    Kept, since a command asks more than once: for the table and for each side of the split. Not by polars, whose threads hang in a
+    process that was forked after they had started.
+    """
     parquet = open_parquet(path)
     check_contract(path, parquet.schema_arrow, columns)
-    with naming(path):
-        sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
     identities = read_strings(parquet, path, columns.identity)
-    if sum(sizes) != len(identities):
-        raise ValueError(f"{path}: damaged ({len(identities)} identities in {sum(sizes)} rows); fetch it again or leave it out")
-    group = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-    row = np.concatenate([np.arange(size, dtype=np.int32) for size in sizes]) if sizes else np.empty(0, np.int32)
-    return parquet.metadata, pl.DataFrame({"identity": pl.from_arrow(identities), "group": group, "row": row})
-
-
-def scan_identities(path: Path, columns: Columns) -> "tuple[pq.FileMetaData, pl.DataFrame]":
-    """A file's footer and its rows as a table: identity, row group, row in it. Reads the identity column only.
-
-    Kept while the file stays as it is, since a command asks for it more than once: for the table, for each side of the split.
-    """
-    return _scan_identities(path, stamp(path), columns)
+    if parquet.metadata.num_rows != len(identities):
+        count = parquet.metadata.num_rows
+        raise ValueError(f"{path}: damaged ({len(identities)} identities in {count} rows); fetch it again or leave it out")
+    return parquet.metadata, identities.dictionary_encode()
 
 
 # ---- Identities: which are trained on, which are never seen ----
@@ -311,10 +301,8 @@ class Splits(NamedTuple):
 
 def collect_unique_identities(globs: str | Sequence[str], columns: Columns = COLUMNS) -> list[str]:
     """All identities in the files that match `globs`, as sorted strings. Reads no other column."""
-    import polars as pl
-
-    scans = [scan_identities(path, columns)[1].lazy().select("identity").unique() for path in find_files(globs)]
-    return sorted(pl.concat(scans).unique().collect()["identity"].to_list())
+    scans = (scan_identities(path, stamp(path), columns)[1] for path in find_files(globs))
+    return sorted(set().union(*(scan.unique().to_pylist() for scan in scans)))
 
 
 def assign_splits(
@@ -338,19 +326,16 @@ def assign_splits(
 
 def read_identity_splits(path: str | Path) -> Splits:
     """Read a split table. Raises ValueError for a file that is not one, or that gives an identity two sides."""
-    import polars as pl
-
     parquet = open_parquet(Path(path))
     found = parquet.schema_arrow.names
     if any(found.count(name) != 1 for name in ("identity_id", "split")):
         raise ValueError(f"{path}: not a split table, its columns are {found}; expected identity_id and split")
-    table = pl.DataFrame({name: pl.from_arrow(read_strings(parquet, Path(path), name)) for name in ("identity_id", "split")})
-    sides = ("train", "val", "test")
-    if table["identity_id"].is_duplicated().any() or not table["split"].is_in(sides).all():
+    names, sides = (read_strings(parquet, Path(path), name).to_pylist() for name in ("identity_id", "split"))
+    if len(set(names)) < len(names) or not set(sides) <= {"train", "val", "test"}:
         raise ValueError(f"{path}: a split table has each identity once, as train, val or test; delete it and run command=split")
-    table = table.sort("identity_id")
-    identities = {side: table.filter(pl.col("split") == side)["identity_id"].to_list() for side in sides}
-    return Splits(identities, read_metadata(Path(path)), digest(*map("\t".join, table.iter_rows())))
+    pairs = sorted(zip(names, sides, strict=True))
+    identities = {side: [name for name, its in pairs if its == side] for side in ("train", "val", "test")}
+    return Splits(identities, read_metadata(Path(path)), digest(*map("\t".join, pairs)))
 
 
 def write_identity_splits(
@@ -387,10 +372,10 @@ class RowIndex:
     stamps: list[tuple[int, int]]  # size and time of each file
     columns: Columns
     units: np.ndarray  # int32 [U, 2]: file, row group
-    offset: np.ndarray  # int64 [U]: rows of the file before the unit
     starts: np.ndarray  # int64 [U + 1]: allowed rows before each unit
     unit: np.ndarray  # int32 [N]: unit of each allowed row, ascending
     row: np.ndarray  # int32 [N]: row inside the unit
+    place_in_file: np.ndarray  # int32 [N]: row inside the file
     fingerprint: str  # of the files' rows and of which are allowed; the folder does not count
 
     def __len__(self) -> int:
@@ -398,15 +383,13 @@ class RowIndex:
 
     def place(self, i: int) -> tuple[Path, int]:
         """Path of the file and row in it, counted from 0, of row `i` of the index."""
-        unit = self.unit[i]
-        return self.paths[self.units[unit, 0]], int(self.offset[unit] + self.row[i])
+        return self.paths[self.units[self.unit[i], 0]], int(self.place_in_file[i])
 
     def identities(self) -> list[str]:
         """The identity of each row: for figures about the data, never for training."""
-        scans = [scan_identities(path, self.columns)[1]["identity"] for path in self.paths]
         file = self.units[self.unit, 0]
-        rows = self.offset[self.unit] + self.row
-        return [name for n, scan in enumerate(scans) for name in scan.gather(rows[file == n]).to_list()]
+        scans = (scan_identities(path, stamped, self.columns)[1] for path, stamped in zip(self.paths, self.stamps, strict=True))
+        return [name for n, scan in enumerate(scans) for name in scan.take(self.place_in_file[file == n]).to_pylist()]
 
     def image_bytes(self) -> int:
         """About how many bytes the images of these rows take, from the files' own figures."""
@@ -437,31 +420,32 @@ def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | 
 
     Raises ValueError if there is none.
     """
-    import polars as pl
-
-    paths, files, kept, marks = find_files(globs), [], [], []
+    paths, files, marks, parts = find_files(globs), [], [], []
     stamps = [stamp(path) for path in paths]
-    allowed = None if allowed_identities is None else pl.Series([*map(str, allowed_identities)], dtype=pl.String)
-    for number, path in enumerate(paths):
-        metadata, rows = scan_identities(path, columns)
-        rows = rows.with_row_index("place").with_columns(file=pl.lit(number, pl.Int32))
-        people = zlib.crc32("\n".join(rows["identity"]).encode())
+    allowed = None if allowed_identities is None else pa.array([*map(str, allowed_identities)], pa.large_string())
+    for number, (path, stamped) in enumerate(zip(paths, stamps, strict=True)):
+        metadata, identities = scan_identities(path, stamped, columns)
+        mask = np.ones(len(identities), bool)
         if allowed is not None:
-            rows = rows.filter(pl.col("identity").is_in(allowed.implode()))
-        marks.append((path.name, people, zlib.crc32(rows["place"].to_numpy()), *mark_pictures(path, metadata, columns)))
+            is_allowed = pc.is_in(identities.dictionary, value_set=allowed).to_numpy(zero_copy_only=False)
+            mask = is_allowed[identities.indices.to_numpy()] if len(is_allowed) else mask
+        sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        before = np.cumsum([0, *sizes])
+        place = np.flatnonzero(mask).astype(np.int32)
+        group = np.searchsorted(before, place, side="right") - 1
+        parts.append(np.stack([np.full(len(place), number), group, place - before[group], place]).astype(np.int32))
+        people = zlib.crc32("\n".join(identities.to_pylist()).encode())
+        marks.append((path.name, people, zlib.crc32(place), *mark_pictures(path, metadata, columns)))
         files.append(metadata)
-        kept.append(rows.drop("identity"))
-    place, group, row, file = (pl.concat(kept)[name].to_numpy() for name in ("place", "group", "row", "file"))
+    file, group, row, place = np.concatenate(parts, axis=1)
     if not len(row):
         raise ValueError(
-            f"{globs}: no row of {len(paths)} files has an allowed identity; is split.out_dir the table of other data?"
+            f"{paths[0].parent}: no row of {len(paths)} files has an allowed identity; is split.out_dir the table of other data?"
         )
     starts = np.flatnonzero((np.diff(file, prepend=-1) != 0) | (np.diff(group, prepend=-1) != 0))  # first row of each unit
     unit = np.repeat(np.arange(len(starts), dtype=np.int32), np.diff(starts, append=len(row)))
-    return RowIndex(
-        files, paths, stamps, columns, np.stack([file, group], axis=1)[starts], (place.astype(np.int64) - row)[starts],
-        np.append(starts, len(row)), unit, row, digest(*marks),
-    )  # fmt: skip
+    units, starts = np.stack([file, group], axis=1)[starts], np.append(starts, len(row))
+    return RowIndex(files, paths, stamps, columns, units, starts, unit, row, place, digest(*marks))
 
 
 SHARD_SCHEMA = pa.schema([("identity_id", pa.string()), ("image_filename", pa.string()), ("image_bytes", pa.binary())])
@@ -475,9 +459,9 @@ def read_unit(index: RowIndex, unit: int, rows: np.ndarray, names: Sequence[str]
     (number, group), offset = index.units[unit].tolist(), 0
     path, schema = index.paths[number], pa.schema([SHARD_SCHEMA.field(name) for name in names])
     theirs = [column for name, column in zip(SHARD_SCHEMA.names, vars(index.columns).values(), strict=True) if name in names]
-    with naming(path):
-        if stamp(path) != index.stamps[number]:
-            raise ValueError(f"{path}: was replaced since it was indexed; start again")
+    if not path.exists() or stamp(path) != index.stamps[number]:
+        raise ValueError(f"{path}: was replaced or removed since it was indexed; start again")
+    with naming(f"{path} row group {group}"):
         parquet = open_parquet(path, index.files[number])
         for batch in parquet.iter_batches(batch_rows, row_groups=[group], columns=theirs, use_threads=False):
             inside = rows[(rows >= offset) & (rows < offset + len(batch))] - offset
@@ -1449,7 +1433,7 @@ def equalise(x: Tensor, *_: Tensor) -> Tensor:
     """Even out the histogram of each channel of each image."""
     from torchvision.transforms.v2 import functional
 
-    return to_float(functional.equalize(((x + 1) * 127.5).round().to(torch.uint8)))
+    return to_float(functional.equalize(((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)))
 
 
 def add_noise(x: Tensor, sigma: Tensor, u: Tensor) -> Tensor:
@@ -1561,17 +1545,23 @@ class VectorWriter:
         self.writer.close()
 
 
-def read_embedding_column(path: Path, parquet: pq.ParquetFile) -> np.ndarray:
-    """The column `embedding` as float32 [N, D], a row group at a time: what is held twice is one row group."""
-    parts, size = [], parquet.schema_arrow.field("embedding").type.list_size
+def read_embedding_column(path: Path, parquet: pq.ParquetFile, count: int) -> np.ndarray:
+    """The column `embedding` as float32 [count, D], a row group at a time: what is held twice is one row group."""
+    vectors, done, size = np.empty((0, 1), np.float32), 0, parquet.schema_arrow.field("embedding").type.list_size
     for group in range(parquet.num_row_groups):
         with naming(path):
             column = parquet.read_row_group(group, columns=["embedding"])["embedding"].combine_chunks()
         flat = column.flatten()
         if column.null_count or flat.null_count:
             raise ValueError(f"{path}: {max(column.null_count, 1)} rows have no embedding; write it again with command=embed")
-        parts.append(flat.to_numpy(zero_copy_only=True).reshape(-1, size))
-    return np.concatenate(parts) if parts else np.empty((0, 1), np.float32)
+        rows = flat.to_numpy(zero_copy_only=True).reshape(-1, size)
+        if done == 0 < len(rows):  # only now is it known that rows are so long
+            vectors = np.empty((count, size), np.float32)
+        vectors[done : done + len(rows)] = rows[: count - done]
+        done += len(rows)
+    if done != count:
+        raise ValueError(f"{path}: damaged ({done} vectors for {count} names); write it again with command=embed")
+    return vectors
 
 
 def read_vectors(path: Path) -> VectorTable:
@@ -1595,9 +1585,9 @@ def read_vectors(path: Path) -> VectorTable:
         raise ValueError(
             f"{path}: {len(names)} rows, embed wrote {int(rows)}; was it joined from several? Write it again with command=embed"
         )
-    vectors = read_embedding_column(path, parquet)
-    if not len(vectors) == len(names) == len(files) == len(sources):
-        raise ValueError(f"{path}: damaged ({len(vectors)} vectors, {len(names)} names); write it again with command=embed")
+    if not len(names) == len(files) == len(sources):
+        raise ValueError(f"{path}: damaged ({len(names)} identities, {len(files)} names); write it again with command=embed")
+    vectors = read_embedding_column(path, parquet, len(names))
     note = read_metadata(path) | ({"pictures_in_train": int(leaked)} if leaked else {})
     return VectorTable(names, files, sources, vectors, hashes, note)
 

@@ -30,7 +30,7 @@ log = logging.getLogger("sniperface")
 EMBEDDING_DIM = 512
 TIE = 1e-6  # cosines closer than this are equal: that far apart come the products of equal rows, in float32
 GRID = 2**17  # impostor cosines are counted in steps of 1 / GRID = 7.6e-6, finer than any interval
-PAIRS = 2**22  # scores of a block of `count_pairs`: 16 MB
+PAIRS = 2**22  # scores that are held at a time: 16 MB
 CMC_RANKS = range(1, 21)
 NEIGHBOURS = 5  # nearest rows that are kept of each probe
 MIN_ERRORS = 10  # a rate of false matches is quoted from at least so many: standard error a third of it, at best
@@ -337,7 +337,7 @@ def build_moco(backbone: BackboneConfig, cfg: MocoConfig, seed: int) -> MoCo:
                 cfg.queue_size, cfg.guard, cfg.shuffle_groups, cfg.symmetric,
             )  # fmt: skip
         except (RuntimeError, MemoryError) as error:  # torch's word for too little memory
-            raise ValueError(f"backbone and moco.queue_size={cfg.queue_size}: {error}; lower them") from error
+            raise ValueError(f"backbone and moco.queue_size={cfg.queue_size}: {str(error)[:200]}; lower them") from error
 
 
 def load_weights(model: MoCo, weights: dict[str, Tensor]) -> None:
@@ -383,7 +383,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={name}: {str(error).splitlines()[0]}; choose auto, cpu, cuda, cuda:N or mps") from error
+        raise ValueError(f"device={name}: {str(error)[:200]}; choose auto, cpu, cuda, cuda:N or mps") from error
     return device
 
 
@@ -495,6 +495,7 @@ class Training:
         """Fill the queue before the first step with keys of two views [B, 3, S, S] a batch; a short supply is repeated."""
         model, queue, filled = self.model, self.model.queue, 0
         for view_q, view_k, generator in pairs:
+            torch.manual_seed(generator.initial_seed())  # for dropout
             with self.autocast():
                 if not filled:  # cold statistics make worse keys than no guard at all
                     calibrate_batchnorm(model.query, [view_q])
@@ -731,7 +732,7 @@ def search(vectors: np.ndarray, probes: np.ndarray, own: np.ndarray, gallery: Ga
     rows_each = int(np.bincount(gallery.owner).max())
     near = min((last_rank + 1) * rows_each, len(gallery.vectors))  # so many rows hold at least last_rank + 1 templates
     ranks, rows, scores = [], [], []
-    for part in _parts(np.arange(len(probes))):
+    for part in _parts(np.arange(len(probes)), max(1, PAIRS // near)):
         score, row = index.search(np.ascontiguousarray(vectors[probes[part]], np.float32), near)  # [B, near]
         owner = gallery.owner[row]
         is_own = owner == own[part, None]

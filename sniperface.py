@@ -335,7 +335,9 @@ def latest_checkpoint(folder: Path) -> dict | None:
         except ValueError as error:
             log.error("%s; trying the one before", error)
     if paths:
-        raise ValueError(f"{folder}/checkpoints: none of {len(paths)} can be read; delete the folder to train from scratch")
+        raise ValueError(
+            f"{folder}/checkpoints: none of {len(paths)} checkpoints can be read; delete the folder to train from scratch"
+        )
     return None
 
 
@@ -402,7 +404,9 @@ def check_same_data(saved: dict, found: dict, tables: list[str], cfg: Config, fo
             f"{folder} was started with data.cache={cache}, {cfg.data.cache} draws in another order; set that, or run="
         )
     if changed:
-        raise ValueError(f"{folder}: the data is not what the run was started on: {changed}; restore it, or set another run=")
+        raise ValueError(
+            f"{folder}: the data is not what the run was started on (or the program is newer): {changed}; restore it, or set run="
+        )
 
 
 # ---- Pictures ----
@@ -694,20 +698,20 @@ def save_checkpoint(run: Run, epoch: int | None) -> None:
     rotate_checkpoints(run.folder, run.cfg.train)
 
 
-def say_what_trains(run: Run, sources: list[dataio.Passes], streams: list[dataio.ParquetImageStream], shards: bool) -> None:
+def say_what_trains(run: Run, sources: list[dataio.Passes], streams: list[dataio.ParquetImageStream], rows: dataio.Rows) -> None:
     """Log the data, the network, the order, and what of these will make the figures worse."""
     cfg, schedule, training = run.cfg, run.schedule, run.training
     weights, precision = sum(p.numel() for p in training.model.query.parameters()), str(training.precision).removeprefix("torch.")
     images, epoch_images = " + ".join(f"{len(source):,}" for source in sources), schedule.steps_per_epoch * schedule.batch_size
     log.info("%s images in %d steps an epoch, %d epochs", images, schedule.steps_per_epoch, cfg.train.epochs)
     log.info("%s (%.1f M weights), %s on %s", cfg.backbone.name, weights / 1e6, precision, training.device)
-    log.info("order: %s%s", sources[0].order_kind, " of materialised shards" if shards else "")
-    for stream in streams if cfg.data.cache == "none" else ():
-        place, largest = stream.index.paths[0].parent, int(np.bincount(stream.index.unit).max())
+    log.info("order: %s%s", sources[0].order_kind, " of materialised shards" if rows.shards else "")
+    for place, stream in zip(rows.indices, streams, strict=True) if cfg.data.cache == "none" else ():
+        largest = int(np.bincount(stream.index.unit).max())
         if dataio.LANES * largest > 4 * max(cfg.data.shuffle_buffer, 1024):
             memory = (place, largest, dataio.LANES)
             log.warning("%s: row groups of %d pictures, %d at a time in memory; command=split writes small ones", *memory)
-        if not shards:
+        if not rows.shards:
             worse = dataio.shuffle_quality(stream, cfg.moco.queue_size * len(stream) // sum(map(len, streams)))
             advice = "; data.cache=decoded or command=split mend that" if worse > 2 else ""
             told = "%s: %.1f times as many pictures of the same person in the queue as in a true shuffle%s"
@@ -829,7 +833,7 @@ def train(cfg: Config, folder: Path) -> float:
         write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg))))
         write_text(folder / "environment.json", json.dumps([*read_starts(folder), {"from_step": training.step, **meta}], indent=1))
         run = Run(cfg, folder, training, dataio.CurriculumMixStream(*sources, *[None] * (2 - len(sources)), 0, schedule), meta)
-        say_what_trains(run, sources, streams, rows.shards)
+        say_what_trains(run, sources, streams, rows)
         monitor = draw_monitor(run)
         if not resumed:
             start_afresh(run, monitor)
@@ -966,7 +970,7 @@ def check_provenance(path: Path, data: dataio.VectorTable, cfg: Config, folder: 
         told = "%s: not written by embed: nobody can tell here whether its identities were trained on, nor by which checkpoint"
         log.warning(told, path)
         if splits and (trained := names & splits.trained):
-            told = "LEAK? %d of its identities, such as %r, are on the train side of %s; if they are the same people, figures lie"
+            told = "LEAK? %d of its identities, such as %r, are on the train side of %s; if they are the same people, the figures mislead"
             log.warning(told, len(trained), min(trained), cfg.split.table)
         return None
     if note.get("trained_on") is None:
@@ -1014,13 +1018,19 @@ def measure_pairs(path: Path, data: dataio.VectorTable, fars: list[float]) -> di
         raise ValueError(f"{path}: {error}") from error
 
 
+def read_vectors(path: Path) -> dataio.VectorTable:
+    """A table of vectors that can be measured. Raises ValueError."""
+    data = dataio.read_vectors(path)
+    moco.check_vectors(data.vectors, str(path))
+    return data
+
+
 def read_reference(path: Path, name: str, data: dataio.VectorTable) -> dataio.VectorTable | None:
     """The untrained encoder's or PCA's vectors of the same pictures, None where `embed` wrote none."""
     file = reference_path(path, name)
     if not file.exists():
         return None
-    reference = dataio.read_vectors(file)
-    moco.check_vectors(reference.vectors, str(file))
+    reference = read_vectors(file)
     same_note = all(reference.note.get(key) == data.note.get(key) for key in ("table", "split", "data", "flip"))
     if not same_note or not np.array_equal(reference.keys, data.keys) or not np.array_equal(reference.names, data.names):
         raise ValueError(f"{file}: not the pictures of {path}, or embedded otherwise; run command=embed again, or delete it")
@@ -1091,8 +1101,7 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
         places = f"{folder / cfg.eval.embeddings}: no such file, nor {Path(cfg.eval.embeddings).absolute()}"
         raise FileNotFoundError(f"{places}; command=embed writes it, or set eval.embeddings")
     log.info("measuring %s", path)
-    device, data = moco.pick_device(cfg.device), dataio.read_vectors(path)
-    moco.check_vectors(data.vectors, str(path))
+    device, data = moco.pick_device(cfg.device), read_vectors(path)
     asked = check_provenance(path, data, cfg, folder)
     metrics, ours = moco.evaluate(data, cfg.eval, device)
     metrics |= {
@@ -1194,7 +1203,7 @@ def train_for_objective(cfg: Config, folder: Path, typed: set[str]) -> float:
         out="embeddings/val_embeddings.parquet",
     )  # fmt: skip
     embed(dataclasses.replace(cfg, embed=chosen), folder, typed)
-    vectors = dataio.read_vectors(folder / chosen.out)
+    vectors = read_vectors(folder / chosen.out)
     return moco.closed_set_rates(vectors, cfg.eval, cfg.eval.enroll_per_id, cfg.eval.seed)["rank1"].value
 
 

@@ -76,7 +76,7 @@ def test_a_batch_larger_than_the_cache_goes_round(tmp_path):
 
 def test_a_device_cache_gives_the_same_images_in_the_same_order(source, tmp_path, small_chunks):
     one = dataio.DecodedCache(stream_of(source), tmp_path)
-    other = dataio.DeviceCache(stream_of(source), tmp_path, 2, torch.device("cpu"))
+    other = dataio.DecodedCache(stream_of(source), tmp_path, 2, torch.device("cpu"))
     assert drawn_numbers(one, 32, 2, 20) == drawn_numbers(other, 32, 2, 20)
 
 

@@ -62,12 +62,12 @@ def test_each_flipped_bit_of_a_file_that_we_wrote_is_detected_or_harmless(data, 
 
     def read(path: Path) -> object:
         if kind == "embeddings":
-            found = sniperface.read_embeddings(path)
+            found = dataio.read_vectors(path)
             return [*map(np.ndarray.tolist, (found.names, found.keys, found.vectors))]
         if kind == "split table":
             return dataio.read_identity_splits(path).identities
         index = dataio.build_index(str(path), None)
-        return [row for part in dataio.read_rows(index, dataio.COLUMNS) for row in part.to_pylist()]
+        return [row for part in dataio.read_rows(index) for row in part.to_pylist()]
 
     whole, wanted, rng, detected = source.read_bytes(), read(source), random.Random(7), 0
     for _ in range(40):
@@ -135,13 +135,13 @@ def test_other_rows_in_the_same_files_are_refused(data, tmp_path, change):
 
 
 def test_a_file_that_disappears_while_training_is_named(data, tmp_path, monkeypatch):
-    mine, real = shutil.copytree(data, tmp_path / "data"), sniperface.set_lr
+    mine, real = shutil.copytree(data, tmp_path / "data"), sniperface.moco.lr_at
 
     def lose(*arguments):
         (mine / "digi2real_000.parquet").unlink(missing_ok=True)
         return real(*arguments)
 
-    monkeypatch.setattr(sniperface, "set_lr", lose)
+    monkeypatch.setattr(sniperface.moco, "lr_at", lose)
     told = refusal(lambda: sniperface.train(job(tmp_path, mine, "train.epochs=6"), tmp_path / "run"))
     assert "digi2real_000.parquet" in told
 

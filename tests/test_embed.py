@@ -94,7 +94,7 @@ def test_vectors_do_not_depend_on_the_batch_nor_on_the_day(words, tmp_path):
 
 def test_an_override_that_contradicts_the_checkpoint_is_refused_and_data_may_be_typed(words, tmp_path):
     train(words, tmp_path / "run", "train.max_steps=2")
-    state = state_of(tmp_path / "run")
+    state = state_of(tmp_path / "run")["config"]
     with pytest.raises(ValueError, match=r"moco\.margin=0\.5: the checkpoint was trained with 0\.1"):
         sniperface.settings_of(state, settings(*words, "moco.margin=0.5"), {"moco.margin"})
     with pytest.raises(ValueError, match=r"data\.image_size=96: the checkpoint was trained with 32"):

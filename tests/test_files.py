@@ -156,7 +156,7 @@ NO_PARQUET = {
 def test_what_is_no_parquet_file_is_refused_by_name(tmp_path, make):
     write_rows(tmp_path / "a.parquet", numbered_rows("ab"))
     make(tmp_path / "b.parquet")
-    refuse(tmp_path / "*.parquet", r"b.parquet: not a readable parquet file \(.+\)")
+    refuse(tmp_path / "*.parquet", r"b.parquet: damaged, or no such file \(.+\)")
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])

@@ -23,10 +23,8 @@ def test_the_index_holds_the_allowed_rows_and_no_others(source):
 
 def test_the_index_reads_no_pictures(source, monkeypatch):
     read = []
-    original = pq.ParquetFile.read_row_group
-    monkeypatch.setattr(
-        pq.ParquetFile, "read_row_group", lambda self, *a, **k: read.append(k["columns"]) or original(self, *a, **k)
-    )
+    original = pq.ParquetFile.read
+    monkeypatch.setattr(pq.ParquetFile, "read", lambda self, **k: read.append(k["columns"]) or original(self, **k))
     dataio.build_index(source, PEOPLE[:3])
     dataio.collect_unique_identities(source)
     assert {tuple(columns) for columns in read} == {("identity_id",)}

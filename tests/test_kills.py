@@ -73,7 +73,7 @@ def killed(function, instant: str) -> None:
     "instant",
     [
         "half identity_splits", "half config.yaml", "half step_0000002", "half epoch_01", "before replace step_0000006.pt",
-        "after link .last.pt.link", "after replace epoch_02.pt", "before replace best.pt", "after replace last.pt",
+        "after link .last.pt", "after replace epoch_02.pt", "before replace best.pt", "after replace last.pt",
         "before unlink epoch_01.pt",
     ],
 )  # fmt: skip
@@ -160,11 +160,11 @@ def test_a_kill_while_vectors_or_figures_are_written_loses_nothing(data, unbroke
 
 
 def test_the_second_interrupt_stops_at_once(data, tmp_path, monkeypatch, expected):
-    cfg, real = job(tmp_path, data), sniperface.set_lr
+    cfg, real = job(tmp_path, data), sniperface.moco.lr_at
 
-    def interrupt(optimizer, lr):
-        real(optimizer, lr)
+    def interrupt(*arguments):
         signal.raise_signal(signal.SIGINT)
+        return real(*arguments)
 
     def again(*arguments):
         signal.raise_signal(signal.SIGINT)
@@ -172,7 +172,7 @@ def test_the_second_interrupt_stops_at_once(data, tmp_path, monkeypatch, expecte
 
     started = time.time()
     with monkeypatch.context() as patch:
-        patch.setattr(sniperface, "set_lr", interrupt)
+        patch.setattr(sniperface.moco, "lr_at", interrupt)
         patch.setattr(sniperface, "save_checkpoint", again)
         with pytest.raises(KeyboardInterrupt):
             sniperface.train(cfg, tmp_path / "run")
@@ -185,17 +185,17 @@ def test_the_second_interrupt_stops_at_once(data, tmp_path, monkeypatch, expecte
 def test_a_stop_that_is_asked_for_while_the_monitor_measures_is_saved_before_it_says_so(data, tmp_path, monkeypatch, caplog):
     cfg, real, calls = (
         job(tmp_path, data, "train.save_every_epochs=2", "train.save_every_steps=null"),
-        sniperface.Monitor.measure,
+        sniperface.moco.Training.measure_monitor,
         [],
     )
 
-    def ask(monitor, training):
+    def ask(training, monitor):
         calls.append(training.step)
         if len(calls) == 2:
             signal.raise_signal(signal.SIGTERM)
-        return real(monitor, training)
+        return real(training, monitor)
 
-    monkeypatch.setattr(sniperface.Monitor, "measure", ask)
+    monkeypatch.setattr(sniperface.moco.Training, "measure_monitor", ask)
     with pytest.raises(SystemExit) as stopped:
         sniperface.train(cfg, tmp_path / "run")
     assert stopped.value.code == 128 + signal.SIGTERM

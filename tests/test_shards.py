@@ -1,11 +1,8 @@
 """Materialised shards: every row of a side once, the same bytes each time, going on after a crash."""
 
-import errno
 import itertools
-import os
 import shutil
 import threading
-import time
 from collections import namedtuple
 from contextlib import suppress
 from pathlib import Path
@@ -67,7 +64,8 @@ def test_the_shards_say_what_they_are_and_have_small_row_groups(job):
         assert file.schema_arrow.remove_metadata() == dataio.SHARD_SCHEMA
         assert file.metadata.row_group(0).column(2).compression == "UNCOMPRESSED"
     sizes = [pq.ParquetFile(shard).metadata.num_rows for shard in shards]
-    assert max(sizes) - min(sizes) <= 1
+    assert sizes[:-1] == [max(sizes)] * (len(sizes) - 1)
+    assert 0 < sizes[-1] <= max(sizes)
 
 
 def test_train_shards_are_as_well_mixed_as_a_true_permutation(tmp_path, monkeypatch):
@@ -160,13 +158,12 @@ def test_after_a_crash_while_rows_are_dealt_or_buckets_removed_the_next_call_end
 def test_a_crash_while_writing_shards_keeps_the_finished_ones(job, tmp_path, monkeypatch, side):
     args, _ = job
     whole = [p.read_bytes() for p in dataio.materialize_split(args[0], args[1], tmp_path / "other/digiface", side)]
-    original, written, lock = dataio.write_shard, [], threading.Lock()
+    original, written = dataio.write_shard, []
 
     def stops(path, *rest):
-        with lock:  # several are written at a time
-            if len(written) == 2:
-                raise KeyboardInterrupt
-            written.append(path.name)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path.name)
         original(path, *rest)
 
     with monkeypatch.context() as patch:
@@ -187,8 +184,7 @@ def test_a_crash_while_writing_shards_keeps_the_finished_ones(job, tmp_path, mon
 def test_a_full_disk_stops_the_reading_at_once(job, monkeypatch, side):
     args, _ = job
 
-    def full(path, tables, note):
-        next(iter(tables))  # the reading has begun
+    def full(path, table, note):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(dataio, "write_shard", full)
@@ -197,88 +193,23 @@ def test_a_full_disk_stops_the_reading_at_once(job, monkeypatch, side):
     assert not [thread for thread in threading.enumerate() if "Pool" in thread.name], error
 
 
-# REWRITE
-def test_an_error_of_the_disk_while_a_shard_is_still_written_names_it_and_leaves_nothing(tmp_path, monkeypatch):
-    told, table = threading.Event(), pa.table([["a"], ["a/0.png"], [b"picture"]], dataio.SHARD_SCHEMA)
-
-    def broken(descriptor):
-        if not told.is_set():  # as Linux does, which tells of an error once
-            told.set()
-            raise OSError(errno.EIO, "Input/output error")
-
-    def tables():
-        yield table
-        assert told.wait(10)
-        yield table
-
-    monkeypatch.setattr(os, "fdatasync", broken, raising=False)
-    with pytest.raises(OSError, match=r"/faces_00000\.parquet"):
-        dataio.write_shard(tmp_path / "out" / "faces_00000.parquet", tables(), {})
-    assert not list((tmp_path / "out").iterdir())
-
-
-# REWRITE
-@pytest.mark.parametrize("side", ["train", "test"])
-def test_after_an_error_in_one_run_of_shards_the_others_begin_no_more(job, monkeypatch, side):
-    args, _ = job
-    original, begun, all_at_work = dataio.write_shard, [], threading.Barrier(dataio.WRITERS)
-
-    def stops(path, tables, note):
-        begun.append(path.name)
-        all_at_work.wait(10)
-        if path.name.endswith("_00000.parquet"):
-            raise OSError(28, "No space left on device")
-        time.sleep(0.2)  # the error reaches the caller
-        original(path, tables, note)
-
-    monkeypatch.setattr(dataio, "write_shard", stops)
-    with pytest.raises(OSError, match="No space"):
-        dataio.materialize_split(*args, side)
-    assert len(begun) == dataio.WRITERS
-    assert len(list(args[2].parent.glob(".digiface.part/digiface_*.parquet"))) == dataio.WRITERS - 1
-
-
-# REWRITE
 def test_a_file_of_one_row_group_is_not_read_again_for_each_shard(tmp_path, monkeypatch):
     monkeypatch.setattr(dataio, "SHARD_BYTES", 5_000)
     monkeypatch.setattr(dataio, "ROW_GROUP_ROWS", 20)
     write_rows(tmp_path / "a.parquet", numbered_rows(np.repeat(PEOPLE, 20).tolist()), group=10**6)
     split(PEOPLE, tmp_path)
-    read, original = [], dataio.open_indexed
+    read, original = [], dataio.open_parquet
 
-    def counted(index, number):
-        parquet = original(index, number)
+    def counted(*args):
+        parquet = original(*args)
         batches = parquet.iter_batches
         monkeypatch.setattr(parquet, "iter_batches", lambda *a, **k: (read.append(len(b)) or b for b in batches(*a, **k)))
         return parquet
 
-    monkeypatch.setattr(dataio, "open_indexed", counted)
+    monkeypatch.setattr(dataio, "open_parquet", counted)
     shards = dataio.materialize_split(str(tmp_path / "a.parquet"), tmp_path / "splits.parquet", tmp_path / "out", "test")
-    assert len(shards) > 2 * dataio.WRITERS
-    assert 1 < sum(read) / (20 * len(PEOPLE)) < 1.75  # the first of two runs ends with its last row, the second begins at the top
-
-
-# REWRITE
-def test_what_is_made_in_the_background_comes_in_order_and_no_further_ahead_than_asked():
-    made, threads = [], threading.active_count()
-
-    def items():
-        for i in range(20):
-            made.append(i)
-            yield i
-        raise ValueError("the end is broken")
-
-    some = dataio.in_background(items(), 3)
-    for i in range(10):
-        assert next(some) == i
-        assert len(made) <= i + 1 + 3
-    some.close()
-    assert threading.active_count() == threads
-    assert len(made) < 20
-    with pytest.raises(ValueError, match="the end is broken"):
-        list(dataio.in_background(items(), 3))
-    assert made[-20:] == list(range(20))
-    assert threading.active_count() == threads
+    assert len(shards) > 3
+    assert sum(read) == 20 * len(PEOPLE)
 
 
 def test_files_of_the_user_in_the_output_folder_are_not_deleted(job):
@@ -302,8 +233,8 @@ def test_a_bucket_that_lost_rows_is_refused(job, monkeypatch):
     args, _ = job
     scatter = dataio.scatter_rows
 
-    def scatter_and_cut(index, columns, shard_of, folder, bar):
-        scatter(index, columns, shard_of, folder, bar)
+    def scatter_and_cut(index, shard_of, folder, bar):
+        scatter(index, shard_of, folder, bar)
         with pa.ipc.open_stream(folder / "00001.arrow") as reader:
             first = next(iter(reader))
         with pa.ipc.new_stream(folder / "00001.arrow", first.schema) as writer:
@@ -333,15 +264,13 @@ def test_a_side_that_does_not_exist_is_refused_by_name(job):
         dataio.materialize_split(*job[0], "validation")
 
 
-# REWRITE
-def test_shards_of_a_source_in_ten_thousand_pieces_are_read_back_whole():
+def test_rows_are_regrouped_whole_and_in_order():
     tables = [
-        pa.table(
-            {"identity_id": ["a"] * n, "image_filename": [str(i) for i in range(n)], "image_bytes": [b"x"] * n},
-            schema=dataio.SHARD_SCHEMA,
-        )
-        for n in (3, 1, 7, 5)
+        pa.table([["a"] * n, [str(first + i) for i in range(n)], [b"x"] * n], schema=dataio.SHARD_SCHEMA)
+        for first, n in ((0, 3), (3, 1), (4, 7), (11, 0), (11, 5))
     ]
-    runs = [pa.concat_tables(run) for run in map(list, dataio.cut(tables, [4, 2, 0, 10])) if run]
-    assert [len(run) for run in runs] == [4, 2, 10]
-    assert pa.concat_tables(runs).equals(pa.concat_tables(tables))
+    for size, lengths in ((1, [1] * 16), (4, [4] * 4), (6, [6, 6, 4]), (99, [16])):
+        groups = list(dataio.regroup(tables, size))
+        assert list(map(len, groups)) == lengths
+        assert pa.concat_tables(groups).equals(pa.concat_tables(tables))
+    assert not list(dataio.regroup([], 4))

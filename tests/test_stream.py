@@ -220,7 +220,7 @@ def test_a_file_that_vanishes_or_shrinks_while_streaming_ends_in_an_error_that_n
     batches = load_batches([stream], by_steps(10), 0, 40, workers=workers)
     assert numbers([next(batches)]) == list(range(10))
     change(path)
-    with pytest.raises(ValueError, match=r"long.parquet.*has the file changed\?"):
+    with pytest.raises(ValueError, match=r"long.parquet.*(was replaced or removed|no such file)"):
         list(batches)
 
 
@@ -241,7 +241,7 @@ def test_damaged_pages_of_pictures_end_in_an_error_that_names_the_file(tmp_path)
     path = tmp_path / "damaged.parquet"
     pq.write_table(pa.Table.from_pylist(numbered_rows(PEOPLE)), path, compression="zstd")
     damage_column(path, 2)
-    with pytest.raises(ValueError, match=r"damaged\.parquet row group 0: cannot be read"):
+    with pytest.raises(ValueError, match=r"damaged\.parquet row group 0: damaged"):
         drawn_numbers(stream_of(str(path)))
 
 
@@ -291,7 +291,6 @@ def test_rows_that_were_used_up_are_released(tmp_path, monkeypatch):
     assert most <= 16 + 2 * dataio.LANES + 52 // 10 + 1  # the buffer, one to come per lane, what is read ahead
     assert most >= 12
     assert {number for number, _ in stream.loaded} == {2}
-    assert set(stream.to_come) == {2}
 
 
 def test_after_a_jump_nothing_is_kept_for_images_that_were_jumped_over(long_source):
@@ -299,7 +298,6 @@ def test_after_a_jump_nothing_is_kept_for_images_that_were_jumped_over(long_sour
     for _ in load_batches([stream], by_steps(10), 35, 45, workers=2):  # from near the end of a pass into the next
         pass
     assert {number for number, _ in stream.loaded} == {1}
-    assert set(stream.to_come) == {1}
 
 
 def test_file_names_may_hold_spaces_commas_quotes_and_letters_of_any_language(tmp_path):

@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,6 +11,7 @@ import torch
 from runs import assert_same, assert_same_run, bits, draw_no_plots, job, log_of, settings, state_of, train, training_bits, words_of
 
 import dataio
+import moco
 import sniperface
 
 
@@ -87,8 +87,8 @@ def test_the_precision_of_a_cpu_is_bf16_only_where_that_is_faster(monkeypatch, c
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": cpu} if cpu else {})
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16_instructions)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert sniperface.pick_precision("auto", torch.device("cpu")) is picked
-    assert sniperface.pick_precision("bf16", torch.device("cpu")) is torch.bfloat16
+    assert moco.pick_precision("auto", torch.device("cpu")) is picked
+    assert moco.pick_precision("bf16", torch.device("cpu")) is torch.bfloat16
 
 
 def test_every_step_changes_the_weights_and_the_log_says_what_a_user_needs(words, tmp_path):
@@ -116,32 +116,6 @@ def test_the_checkpoints_are_those_of_the_contract(words, tmp_path):
     assert last["step"] == final["step"]
     figures = [line["monitor_loss"] for line in log_of(tmp_path) if "monitor_loss" in line]
     assert best["monitor"]["last"] == min(figures)
-
-
-# REWRITE
-def test_demo_faces_are_never_drawn_over_or_beside_files_of_the_user(words, tmp_path, people):
-    mine = tmp_path / "mine" / "digiface1m_000.parquet"
-    mine.parent.mkdir()
-    mine.write_bytes((people / "digi2real_000.parquet").read_bytes())
-    pq.write_table(pq.read_table(mine).replace_schema_metadata(None), mine)
-    before = mine.read_bytes()
-    globs = [f"data.{source}_glob={mine.parent}/{source}_*.parquet" for source in ("digiface", "digi2real")]
-    with pytest.raises(FileNotFoundError, match="no file matches"):
-        train(words, tmp_path / "run", *globs, "data.demo_identities=8")
-    assert [path.name for path in mine.parent.iterdir()] == [mine.name]
-    assert mine.read_bytes() == before
-
-
-# REWRITE
-def test_half_of_the_demo_faces_are_made_whole(words, tmp_path):
-    globs = [f"data.{source}_glob={tmp_path}/demo/{file}_*.parquet" for source, file in
-             (("digiface", "digiface1m"), ("digi2real", "digi2real"))]  # fmt: skip
-    cfg = settings(*words, *globs, "data.demo_identities=8")
-    drawn = sniperface.find_sources(cfg)
-    kept = drawn["digi2real"][0].read_bytes()
-    drawn["digi2real"][0].unlink()
-    assert sniperface.find_sources(cfg) == drawn
-    assert drawn["digi2real"][0].read_bytes() == kept
 
 
 def test_no_row_of_a_test_identity_is_decoded_in_training_though_row_groups_hold_both(words, tmp_path, monkeypatch):
@@ -179,21 +153,21 @@ def test_shards_by_glob_and_shards_found_train_alike_and_do_not_split_again(word
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_lists_its_pictures(words, tmp_path, monkeypatch):
-    real, calls, drawn = sniperface.moco.cross_entropy_of, [], {}
+    real, calls, drawn = moco.MarginNCE.of_cosines, [], {}
 
     def breaks(*args):
         calls.append(1)
         return real(*args) * (float("nan") if len(calls) == 5 else 1)
 
     train(words, tmp_path, "train.max_steps=2", "train.log_every=1")
-    monkeypatch.setattr(sniperface.moco, "cross_entropy_of", breaks)
-    views = sniperface.Training.views
+    monkeypatch.setattr(moco.MarginNCE, "of_cosines", breaks)
+    views = sniperface.Run.views
 
-    def noted(training, images, purpose, step):
+    def noted(run, images, purpose, step):
         drawn[purpose, step] = images
-        return views(training, images, purpose, step)
+        return views(run, images, purpose, step)
 
-    monkeypatch.setattr(sniperface.Training, "views", noted)
+    monkeypatch.setattr(sniperface.Run, "views", noted)
     with pytest.raises(FloatingPointError, match=r"step 7 .*bad_batch\.json"):
         train(words, tmp_path, "train.log_every=4")
     assert state_of(tmp_path)["step"] == 2
@@ -205,14 +179,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_lists_its_pi
         assert np.array_equal(dataio.decode_image(row, 32, 10**6), image.permute(1, 2, 0))
 
 
-def test_averages_that_overflowed_in_a_skipped_step_of_fp16_stop_the_run(words, tmp_path):
-    training = sniperface.Training(settings(*words, "train.amp=fp16"), torch.device("cpu"))
-    mix = SimpleNamespace(places=lambda step: [])
-    sniperface.stop_if_not_finite(training, mix, tmp_path)
-    training.model.query.backbone.bn1.running_var[0] = torch.inf
+def test_averages_that_overflowed_in_a_skipped_step_of_fp16_stop_the_run(words):
+    cfg = settings(*words, "train.amp=fp16")
+    training = moco.Training(sniperface.build_model(cfg), cfg.train, torch.device("cpu"))
     training.step = 7
-    with pytest.raises(FloatingPointError, match="step 7 is not finite"):
-        sniperface.stop_if_not_finite(training, mix, tmp_path)
+    assert training.find_bad_step() is None
+    training.model.query.backbone.bn1.running_var[0] = torch.inf
+    assert training.find_bad_step() == 7
 
 
 HEALTHY = {"step": 9, "epoch": 2, "spread": 0.9, "pos_sim": 0.5, "neg_sim": 0.0, "monitor_loss": 3.0}
@@ -231,18 +204,16 @@ HEALTHY = {"step": 9, "epoch": 2, "spread": 0.9, "pos_sim": 0.5, "neg_sim": 0.0,
     ],
 )
 def test_the_signs_of_a_run_that_comes_to_nothing_are_told(words, change, warmed_up, causes):
-    training = sniperface.Training(settings(*words), torch.device("cpu"))
-    training.monitor["untrained"] = 4.0
-    assert list(sniperface.signs_of_failure(HEALTHY | change, training, warmed_up)) == causes
+    assert list(moco.signs_of_failure(HEALTHY | change, 4.0, settings(*words).train, warmed_up)) == causes
 
 
 def test_a_collapse_is_told_once_an_epoch_or_stops_the_run_and_a_sound_run_hears_nothing(words, tmp_path, monkeypatch, caplog):
     train(words, tmp_path / "sound")
     assert "collapse" not in caplog.text
     assert "no contrast" not in caplog.text
-    query = sniperface.moco.MoCo.encode_queries
+    query = moco.MoCo.encode_queries
     one_point = lambda model, views: torch.nn.functional.normalize(query(model, views) * 1e-3 + 1)  # noqa: E731
-    monkeypatch.setattr(sniperface.moco.MoCo, "encode_queries", one_point)
+    monkeypatch.setattr(moco.MoCo, "encode_queries", one_point)
     train(words, tmp_path / "warned", "train.log_every=1")
     told = [record.message for record in caplog.records if "collapse" in record.message]
     assert len(told) == 2  # one an epoch

@@ -100,7 +100,7 @@ def test_a_footer_that_hides_rows_is_refused_and_no_row_is_left_out_silently(dat
     index = dataio.build_index(str(data / "digi2real_000.parquet"), None)
     real = pq.ParquetFile.iter_batches
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *a, **o: itertools.islice((b.slice(0, 3) for b in real(*a, **o)), 1))
-    assert "digi2real_000.parquet" in refusal(lambda: list(dataio.read_rows(index, dataio.COLUMNS)))
+    assert "digi2real_000.parquet" in refusal(lambda: list(dataio.read_rows(index)))
 
 
 def test_null_and_empty_pictures_are_named_and_left_out_or_replaced(data, tmp_path, caplog):
@@ -242,15 +242,14 @@ REFUSED_PAIRS = {
 def test_pair_files_that_cannot_be_right_are_refused_by_name(data, unbroken, trained, tmp_path, monkeypatch, kind):
     path = tmp_path / "pairs.parquet"
     REFUSED_PAIRS[kind](path, pair_rows(trained))
-    found = sniperface.read_embeddings(trained / "embeddings" / "test_embeddings.parquet")
-    cfg = job(unbroken, data, quoted("eval.pairs", path))
-    assert path.name in refusal(lambda: sniperface.pair_figures(found, cfg.eval))
+    found = dataio.read_vectors(trained / "embeddings" / "test_embeddings.parquet")
+    assert path.name in refusal(lambda: sniperface.measure_pairs(path, found, [0.1]))
 
 
 def test_a_pair_file_of_zeros_and_ones_means_the_same_as_one_of_booleans(data, unbroken, trained, tmp_path):
-    found, figures = sniperface.read_embeddings(trained / "embeddings" / "test_embeddings.parquet"), []
+    found, figures = dataio.read_vectors(trained / "embeddings" / "test_embeddings.parquet"), []
     for name, kind in (("a", bool), ("b", int)):
         pairs_with("same", lambda i, v, kind=kind: kind(v))(tmp_path / f"{name}.parquet", pair_rows(trained))
-        figures.append(sniperface.pair_figures(found, job(unbroken, data, quoted("eval.pairs", tmp_path / f"{name}.parquet")).eval))
+        figures.append(sniperface.measure_pairs(tmp_path / f"{name}.parquet", found, [0.1]))
     assert figures[0] == figures[1]
     assert 0 <= figures[0]["accuracy"] <= 1
