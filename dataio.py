@@ -1555,9 +1555,9 @@ def read_embedding_column(path: Path, parquet: pq.ParquetFile, count: int) -> np
         if column.null_count or flat.null_count:
             raise ValueError(f"{path}: {max(column.null_count, 1)} rows have no embedding; write it again with command=embed")
         rows = flat.to_numpy(zero_copy_only=True).reshape(-1, size)
-        if done == 0 < len(rows):  # only now is it known that rows are so long
-            vectors = np.empty((count, size), np.float32)
-        vectors[done : done + len(rows)] = rows[: count - done]
+        if len(rows):  # only now is it known that rows are so long
+            vectors = vectors if done else np.empty((count, size), np.float32)
+            vectors[done : done + len(rows)] = rows[: max(0, count - done)]
         done += len(rows)
     if done != count:
         raise ValueError(f"{path}: damaged ({done} vectors for {count} names); write it again with command=embed")

@@ -970,7 +970,7 @@ def check_provenance(path: Path, data: dataio.VectorTable, cfg: Config, folder: 
         told = "%s: not written by embed: nobody can tell here whether its identities were trained on, nor by which checkpoint"
         log.warning(told, path)
         if splits and (trained := names & splits.trained):
-            told = "LEAK? %d of its identities, such as %r, are on the train side of %s; if they are the same people, the figures mislead"
+            told = "LEAK? %d of its identities, such as %r, are on the train side of %s; is the file of the same people?"
             log.warning(told, len(trained), min(trained), cfg.split.table)
         return None
     if note.get("trained_on") is None:
