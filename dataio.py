@@ -178,6 +178,7 @@ class Columns:
 
 
 COLUMNS = Columns("identity_id", "image_filename", "image_bytes")  # the contract's own names
+HUGGINGFACE = Columns("label", "image.path", "image.bytes")  # as its `datasets` writes pictures
 
 
 @contextmanager
@@ -197,15 +198,27 @@ def open_parquet(path: Path, metadata: pq.FileMetaData | None = None) -> pq.Parq
         return parquet
 
 
-def check_contract(path: Path, schema: pa.Schema, columns: Columns) -> None:
-    """Raise ValueError unless `schema` has the three columns with types that can hold an identity, a name and an image."""
-    t = pa.types
+def check_contract(path: Path, schema: pa.Schema, asked: Columns) -> Columns:
+    """The three columns by their names in this file: where it lacks ours, HuggingFace's, and "" where pictures have no names.
+
+    Raises ValueError where there are none, or of types that cannot hold an identity, a name and an image.
+    """
+    with naming(path):
+        schema, t = schema.empty_table().flatten().schema, pa.types  # a field of a struct is called struct.field
+    columns, there = replace(asked), set(schema.names)
+    for key, theirs in vars(HUGGINGFACE).items() if HUGGINGFACE.image in there else ():
+        if getattr(asked, key) == getattr(COLUMNS, key) not in there and theirs in there:
+            setattr(columns, key, theirs)
+    if columns.filename == COLUMNS.filename not in there:
+        columns.filename = ""
     text = (t.is_string, t.is_large_string, t.is_string_view)
     for name, kind, fits in (
         (columns.identity, "string or integer", (*text, t.is_integer)),
-        (columns.filename, "string", text),
+        (columns.filename, "string", (*text, t.is_null)),
         (columns.image, "binary", (t.is_binary, t.is_large_binary, t.is_binary_view)),
     ):
+        if name == columns.filename == "":
+            continue
         if schema.names.count(name) != 1:
             count = schema.names.count(name)
             raise ValueError(f"{path}: {count} columns called {name!r}, found {schema.names}; set data.columns to the names in it")
@@ -213,6 +226,7 @@ def check_contract(path: Path, schema: pa.Schema, columns: Columns) -> None:
         found = found.value_type if t.is_dictionary(found) else found
         if not any(test(found) for test in fits):
             raise ValueError(f"{path}: column {name!r} is {schema.field(name).type}, must be {kind}")
+    return columns
 
 
 def read_strings(parquet: pq.ParquetFile, path: Path, name: str) -> pa.Array:
@@ -221,7 +235,7 @@ def read_strings(parquet: pq.ParquetFile, path: Path, name: str) -> pa.Array:
     Raises ValueError for nulls and for what is damaged.
     """
     with naming(path):
-        column = parquet.read(columns=[name], use_threads=False).column(0)
+        column = parquet.read(columns=[name], use_threads=False).flatten().column(0)
         column.validate(full=True)  # a string that is not valid UTF-8
         strings = pc.cast(column, pa.large_string()).combine_chunks()
     if column.null_count:
@@ -246,20 +260,31 @@ def stamp(path: Path) -> tuple[int, int]:
     return path.stat().st_size, path.stat().st_mtime_ns
 
 
+def name_labels(path: Path, schema: pa.Schema, column: str, labels: pa.DictionaryArray) -> pa.DictionaryArray:
+    """The names of numbered labels where HuggingFace's metadata has them, else the numbers. Raises ValueError for one without."""
+    with naming(path), suppress(KeyError, TypeError):
+        names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]["names"]
+        numbers = labels.dictionary.to_pylist()
+        if unnamed := [number for number in numbers if not number.isdecimal() or int(number) >= len(names)]:
+            raise ValueError(f"{path}: {column!r} {unnamed[0]} has none of the metadata's {len(names)} names; leave its rows out")
+        return pa.DictionaryArray.from_arrays(labels.indices, pa.array([names[int(n)] for n in numbers], pa.large_string()))
+    return labels
+
+
 @functools.lru_cache(maxsize=256)
-def scan_identities(path: Path, stamped: tuple[int, int], columns: Columns) -> tuple[pq.FileMetaData, pa.Array]:
-    """A file's footer and the identity of each of its rows, read from that column only; `stamped` is its `stamp`.
+def scan_identities(path: Path, stamped: tuple[int, int], asked: Columns) -> tuple[pq.FileMetaData, pa.Array, Columns]:
+    """A file's footer, the identity of each of its rows, read from that column only, and its columns; `stamped` is its `stamp`.
 
     Kept, since a command asks more than once: for the table and for each side of the split. Not by polars, whose threads hang in a
     process that was forked after they had started.
     """
     parquet = open_parquet(path)
-    check_contract(path, parquet.schema_arrow, columns)
+    columns = check_contract(path, parquet.schema_arrow, asked)
     identities = read_strings(parquet, path, columns.identity)
     if parquet.metadata.num_rows != len(identities):
         count = parquet.metadata.num_rows
         raise ValueError(f"{path}: damaged ({len(identities)} identities in {count} rows); fetch it again or leave it out")
-    return parquet.metadata, identities.dictionary_encode()
+    return parquet.metadata, name_labels(path, parquet.schema_arrow, columns.identity, identities.dictionary_encode()), columns
 
 
 # ---- Identities: which are trained on, which are never seen ----
@@ -370,7 +395,7 @@ class RowIndex:
     files: list[pq.FileMetaData]
     paths: list[Path]
     stamps: list[tuple[int, int]]  # size and time of each file
-    columns: Columns
+    columns: list[Columns]  # of each file
     units: np.ndarray  # int32 [U, 2]: file, row group
     starts: np.ndarray  # int64 [U + 1]: allowed rows before each unit
     unit: np.ndarray  # int32 [N]: unit of each allowed row, ascending
@@ -388,14 +413,14 @@ class RowIndex:
     def identities(self) -> list[str]:
         """The identity of each row: for figures about the data, never for training."""
         file = self.units[self.unit, 0]
-        scans = (scan_identities(path, stamped, self.columns)[1] for path, stamped in zip(self.paths, self.stamps, strict=True))
+        scans = (scan_identities(*told)[1] for told in zip(self.paths, self.stamps, self.columns, strict=True))
         return [name for n, scan in enumerate(scans) for name in scan.take(self.place_in_file[file == n]).to_pylist()]
 
     def image_bytes(self) -> int:
         """About how many bytes the images of these rows take, from the files' own figures."""
-        groups = [self.files[number].row_group(group) for number, group in self.units.tolist()]
-        total = sum(image_chunk(group, self.columns).total_uncompressed_size for group in groups)
-        return total * len(self) // max(1, sum(group.num_rows for group in groups))
+        groups = [(self.files[number].row_group(group), self.columns[number]) for number, group in self.units.tolist()]
+        total = sum(image_chunk(*group).total_uncompressed_size for group in groups)
+        return total * len(self) // max(1, sum(group.num_rows for group, _ in groups))
 
 
 def image_chunk(group: pq.RowGroupMetaData, columns: Columns) -> pq.ColumnChunkMetaData:
@@ -420,11 +445,11 @@ def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | 
 
     Raises ValueError if there is none.
     """
-    paths, files, marks, parts = find_files(globs), [], [], []
+    paths, files, marks, parts, found = find_files(globs), [], [], [], []
     stamps = [stamp(path) for path in paths]
     allowed = None if allowed_identities is None else pa.array([*map(str, allowed_identities)], pa.large_string())
     for number, (path, stamped) in enumerate(zip(paths, stamps, strict=True)):
-        metadata, identities = scan_identities(path, stamped, columns)
+        metadata, identities, theirs = scan_identities(path, stamped, columns)
         mask = np.ones(len(identities), bool)
         if allowed is not None:
             is_allowed = pc.is_in(identities.dictionary, value_set=allowed).to_numpy(zero_copy_only=False)
@@ -435,8 +460,9 @@ def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | 
         group = np.searchsorted(before, place, side="right") - 1
         parts.append(np.stack([np.full(len(place), number), group, place - before[group], place]).astype(np.int32))
         people = zlib.crc32("\n".join(identities.to_pylist()).encode())
-        marks.append((path.name, people, zlib.crc32(place), *mark_pictures(path, metadata, columns)))
+        marks.append((path.name, people, zlib.crc32(place), *mark_pictures(path, metadata, theirs)))
         files.append(metadata)
+        found.append(theirs)
     file, group, row, place = np.concatenate(parts, axis=1)
     if not len(row):
         raise ValueError(
@@ -445,7 +471,7 @@ def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | 
     starts = np.flatnonzero((np.diff(file, prepend=-1) != 0) | (np.diff(group, prepend=-1) != 0))  # first row of each unit
     unit = np.repeat(np.arange(len(starts), dtype=np.int32), np.diff(starts, append=len(row)))
     units, starts = np.stack([file, group], axis=1)[starts], np.append(starts, len(row))
-    return RowIndex(files, paths, stamps, columns, units, starts, unit, row, place, digest(*marks))
+    return RowIndex(files, paths, stamps, found, units, starts, unit, row, place, digest(*marks))
 
 
 SHARD_SCHEMA = pa.schema([("identity_id", pa.string()), ("image_filename", pa.string()), ("image_bytes", pa.binary())])
@@ -454,20 +480,34 @@ SHARD_SCHEMA = pa.schema([("identity_id", pa.string()), ("image_filename", pa.st
 def read_unit(index: RowIndex, unit: int, rows: np.ndarray, names: Sequence[str], batch_rows: int) -> Iterator[pa.Table]:
     """Some rows of a unit (ascending numbers inside it), as columns `names` of SHARD_SCHEMA; `batch_rows` are read at a time.
 
+    A picture without a name gets one here, its file and row: below the folder that all files share, `train/0000/17`.
     Raises ValueError for a damaged file, and for one that was replaced since it was indexed: its rows may be other people's.
     """
     (number, group), offset = index.units[unit].tolist(), 0
     path, schema = index.paths[number], pa.schema([SHARD_SCHEMA.field(name) for name in names])
-    theirs = [column for name, column in zip(SHARD_SCHEMA.names, vars(index.columns).values(), strict=True) if name in names]
+    columns, first = index.columns[number], index.starts[unit]
+    theirs = [column for name, column in zip(SHARD_SCHEMA.names, vars(columns).values(), strict=True) if name in names]
+    before = int(index.place_in_file[first] - index.row[first])  # rows of the file before this row group
     if not path.exists() or stamp(path) != index.stamps[number]:
         raise ValueError(f"{path}: was replaced or removed since it was indexed; start again")
     with naming(f"{path} row group {group}"):
         parquet = open_parquet(path, index.files[number])
         for batch in parquet.iter_batches(batch_rows, row_groups=[group], columns=theirs, use_threads=False):
             inside = rows[(rows >= offset) & (rows < offset + len(batch))] - offset
-            offset += len(batch)
+            place, offset = before + offset, offset + len(batch)
             if len(inside):
-                table = pa.Table.from_batches([batch]).select(theirs).rename_columns(names).cast(schema)
+                table = pa.Table.from_batches([batch]).flatten().append_column("", pa.nulls(len(batch)))
+                table = table.select(theirs).rename_columns(names)
+                if "identity_id" in names:
+                    people = scan_identities(path, index.stamps[number], columns)[1].slice(place, len(batch))
+                    table = table.set_column(names.index("identity_id"), "identity_id", people.dictionary_decode())
+                table = table.cast(schema)
+                if "image_filename" in names and table["image_filename"].null_count:
+                    home = os.path.commonpath([os.path.abspath(p.parent) for p in index.paths])
+                    stem, _ = os.path.splitext(os.path.relpath(path, home))
+                    made = pa.array([f"{stem}/{row}" for row in range(place, place + len(batch))])
+                    made = pc.coalesce(table["image_filename"], made)
+                    table = table.set_column(names.index("image_filename"), "image_filename", made)
                 yield table if len(inside) == len(batch) else table.take(inside)
             if offset > rows[-1]:
                 return
