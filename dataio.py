@@ -331,7 +331,7 @@ def read_identity_splits(path: str | Path) -> Splits:
     if any(found.count(name) != 1 for name in ("identity_id", "split")):
         raise ValueError(f"{path}: not a split table, its columns are {found}; expected identity_id and split")
     names, sides = (read_strings(parquet, Path(path), name).to_pylist() for name in ("identity_id", "split"))
-    if len(set(names)) < len(names) or not set(sides) <= {"train", "val", "test"}:
+    if len(sides) != len(names) or len(set(names)) < len(names) or not set(sides) <= {"train", "val", "test"}:
         raise ValueError(f"{path}: a split table has each identity once, as train, val or test; delete it and run command=split")
     pairs = sorted(zip(names, sides, strict=True))
     identities = {side: [name for name, its in pairs if its == side] for side in ("train", "val", "test")}
