@@ -833,6 +833,36 @@ def count_pictures(rows: Rows, hashes: set[int]) -> int:
     return len(found)
 
 
+def read_names(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Identity and key (source and file name) of each row, as a table of vectors of them has them; str [N] each."""
+    names, keys = [], []
+    for source, index in rows.indices.items():
+        for unit in range(len(index.units)):
+            wanted = index.row[index.starts[unit] : index.starts[unit + 1]]
+            for table in read_unit(index, unit, wanted, SHARD_SCHEMA.names[:2], ROW_GROUP_ROWS):
+                names += table["identity_id"].to_pylist()
+                keys += [f"{source}/{name}" for name in table["image_filename"].to_pylist()]
+    return np.array(names, str), np.array(keys, str)
+
+
+def sample_pictures(rows: Rows, cfg: DataConfig, count: int = 64) -> dict:
+    """What some pictures of each source are, evenly over its rows: formats, sizes, and file, row and reason of broken ones."""
+    found: dict = {"decoded": 0, "formats": {}, "sizes": {}, "broken": []}
+    for index in rows.indices.values():
+        places = np.unique(np.linspace(0, len(index) - 1, count).astype(int))
+        for place, data in zip(places.tolist(), (data for t in read_rows(index, places) for data in t["image_bytes"]), strict=True):
+            try:
+                decode_image(data.as_buffer() if data.is_valid else b"", cfg.image_size, cfg.max_image_pixels)
+                with Image.open(io.BytesIO(data.as_buffer())) as image:
+                    for what, kind in (("formats", image.format), ("sizes", f"{image.width} x {image.height}")):
+                        found[what][kind] = found[what].get(kind, 0) + 1
+                found["decoded"] += 1
+            except ValueError as error:
+                path, row = index.place(place)
+                found["broken"].append(f"{path} row {row}: {error}")
+    return found
+
+
 def find_pictures(rows: Rows, wanted: set[tuple[str, str, str]], cfg: DataConfig) -> dict[tuple[str, str, str], np.ndarray]:
     """Decode those pictures (source, file name, identity) of `rows` that are wanted, uint8 [S, S, 3] each."""
     found, people = {}, [identity for _, _, identity in wanted]

@@ -519,6 +519,21 @@ class Training:
         return round(float(F.cross_entropy(q @ k.T / model.loss.temperature, torch.arange(len(q), device=q.device))), 6)
 
 
+def compare_steps(one: Training, other: Training, view_q: Tensor, view_k: Tensor, seed: int) -> dict[str, float]:
+    """How far apart the same step comes out of two states, on two devices maybe: loss and gradient norm relative, keys absolute."""
+    found = []
+    for training in (one, other):
+        generator = torch.Generator().manual_seed(seed)
+        views = (view.to(training.device, memory_format=torch.channels_last) for view in (view_q, view_k))
+        out, norm = training.take_step(*views, lr=0.01, key_momentum=0.99, generator=generator)
+        found.append((float(out.loss.detach()), float(norm), out.keys.cpu()))
+    (loss, norm, keys), (other_loss, other_norm, other_keys) = found
+    return {
+        "loss": abs(loss - other_loss) / abs(loss), "grad_norm": abs(norm - other_norm) / norm,
+        "keys": float((keys - other_keys).abs().max()),
+    }  # fmt: skip
+
+
 def signs_of_failure(entry: dict, untrained: float, cfg: TrainConfig, warmed_up: bool) -> dict[str, str]:
     """What a line of the log says of a run that will come to nothing: {cause: what was found and what to look at}.
 

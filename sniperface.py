@@ -1,6 +1,6 @@
 """SniperFace: train a face encoder without labels, export its vectors, measure it on identities it has never seen.
 
-    uv run python sniperface.py [command=split|train|embed|eval|all|report] [overrides]
+    uv run python sniperface.py [command=split|check|train|embed|eval|all|report] [overrides]
 
 Each command below reads from top to bottom; what it decodes, builds or computes is in dataio.py and moco.py. Settings and what each
 one means: conf/config.yaml. Everything a run makes is in runs/<run>/.
@@ -23,12 +23,14 @@ import operator
 import os
 import platform
 import re
+import resource
 import shlex
 import shutil
 import signal
 import string
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -80,7 +82,7 @@ class ReportConfig:
 
 @dataclass
 class Config:
-    command: str = field(metadata={"one_of": ("split", "train", "embed", "eval", "all", "report")})
+    command: str = field(metadata={"one_of": ("split", "check", "train", "embed", "eval", "all", "report")})
     run: str
     run_dir: str
     seed: int = field(metadata={"at_least": 0})
@@ -407,6 +409,11 @@ def check_same_data(saved: dict, found: dict, tables: list[str], cfg: Config, fo
         raise ValueError(
             f"{folder}: the data is not what the run was started on (or the program is newer): {changed}; restore it, or set run="
         )
+
+
+def embedded_rows(cfg: Config, side: str | None) -> dataio.Rows:
+    """The rows of a side of the split, or, where it is None, all rows of embed.test_glob."""
+    return dataio.find_rows(cfg.data, cfg.split, side) if side else dataio.find_given_rows(cfg.embed.test_glob, cfg.data.columns)
 
 
 # ---- Pictures ----
@@ -801,6 +808,14 @@ def run_steps(run: Run, monitor: list[tuple[Tensor, Tensor]], last_step: int) ->
         log.info("stopped at train.max_steps=%d of %d; the same command without it goes on", training.step, schedule.total_steps)
 
 
+def enrol_ahead(cfg: Config) -> dict:
+    """Who eval would enrol and look up. Raises ValueError for what it would refuse: doubled names, nobody to look up."""
+    names, keys = dataio.read_names(embedded_rows(cfg, None if cfg.embed.test_glob else cfg.embed.split))
+    drawn = moco.enrol(names, keys, cfg.eval.enroll_per_id, cfg.eval.seed)
+    gallery = len(np.unique(drawn.identity[drawn.enrolled]))
+    return {"gallery": gallery, "distractors": drawn.distractors, "probes": len(drawn.probes)}
+
+
 def train(cfg: Config, folder: Path) -> float:
     """Train, or go on where the run stopped; returns minus the best value of the label-free monitor."""
     with run_lock(folder):
@@ -812,6 +827,13 @@ def train(cfg: Config, folder: Path) -> float:
             state_bytes = 4 * sum(p.numel() * p.element_size() for p in training.model.query.parameters())
             dataio.need_space(folder, (cfg.train.keep_last + 4) * state_bytes, "a run's checkpoints")
         rows = dataio.find_rows(cfg.data, cfg.split, "train", shards=saved["meta"]["shards"] if saved else None)
+        if not saved:
+            try:
+                enrol_ahead(cfg)
+            except (ValueError, OSError) as error:
+                if cfg.command == "all":
+                    raise
+                log.warning("embed or eval will refuse the %s side: %s", cfg.embed.split, error)
         streams = dataio.open_streams(rows, cfg.data, cfg.seed)
         schedule = dataio.Schedule(cfg.curriculum, list(map(len, streams)), cfg.train.batch_size, cfg.train.epochs)
         last_step = min(schedule.total_steps, cfg.train.max_steps or schedule.total_steps)
@@ -844,15 +866,116 @@ def train(cfg: Config, folder: Path) -> float:
         return -min(training.monitor["best"], training.monitor["last"])
 
 
+# ---- check ----
+
+CHECK_STEPS, CHECK_SECONDS = 20, 60  # as many of the steps as fit
+STEPS_APART = {"loss": 1e-3, "grad_norm": 1e-2, "keys": 1e-3}  # how far a step in fp32 may differ between two devices
+
+
+def describe_side(rows: dataio.Rows, cfg: Config) -> dict:
+    """Rows, people and a sample of one side of the split."""
+    people = np.unique(np.concatenate([index.identities() for index in rows.indices.values()]), return_counts=True)[1]
+    sample = dataio.sample_pictures(rows, cfg.data)
+    if len(sample["broken"]) > cfg.data.max_bad_fraction * (sample["decoded"] + len(sample["broken"])):
+        log.warning("%d of a sample cannot be decoded, the first: %s", len(sample["broken"]), sample["broken"][0])
+    each = {"least": int(people.min()), "median": float(np.median(people)), "most": int(people.max())}
+    return {"rows": len(rows), "people": len(people), "pictures_a_person": each, "sample": sample}
+
+
+def try_steps(cfg: Config, rows: dataio.Rows, scratch: Path) -> dict:
+    """Real steps on the plain stream, a round through the checkpoint, and where there is a GPU its step beside the CPU's."""
+    device, cpu = moco.pick_device(cfg.device), torch.device("cpu")
+    configure_process(device, cfg.deterministic, tf32=True)
+    streams = dataio.open_streams(rows, cfg.data, cfg.seed)
+    schedule = dataio.Schedule(cfg.curriculum, list(map(len, streams)), cfg.train.batch_size, cfg.train.epochs)
+    training = moco.Training(build_model(cfg), cfg.train, device)
+    mix = dataio.CurriculumMixStream(*streams, *[None] * (2 - len(streams)), 0, schedule)
+    meta = {"table": rows.tables[0], "shards": rows.shards, "sources": [], "precision": str(training.precision)}
+    run, timer = Run(cfg, scratch, training, mix, meta), Timer()
+    if cfg.train.compile:
+        training.compile()
+    with contextlib.closing(run.batches(0, min(1 + CHECK_STEPS, schedule.total_steps))) as batches:
+        for step in progress(range(min(1 + CHECK_STEPS, schedule.total_steps)), desc="trying steps", unit="step", leave=False):
+            if step == 1:  # after compiling
+                int(training.first_bad_step)  # waits for the device
+                timer = Timer()
+            images = timer.next(batches)
+            out, _ = training.take_step(*run.views(images, "augment", step), 1e-4, 0.99, draw(cfg.seed, "step", step))
+            if step and time.perf_counter() - timer.started > CHECK_SECONDS:
+                break
+        loss = float(out.loss.detach())
+    figures = timer.lap()
+    compute = figures["images_per_s"] / max(1 - figures["data_wait"], 1e-6)  # as if all data were there
+    through = figures["images_per_s"] if cfg.data.cache == "none" else compute
+    save_checkpoint(run, None)
+    again = moco.Training(build_model(cfg), cfg.train, device)
+    again.load_state_dict(load_checkpoint(scratch / "checkpoints" / "last.pt"))
+    views = run.views(images, "augment", 0)
+    apart = {"checkpoint": moco.compare_steps(training, again, *views, seed=0)}
+    if device.type != "cpu":
+        fp32 = dataclasses.replace(cfg.train, amp="fp32")
+        states = [moco.Training(build_model(cfg), fp32, where) for where in (cpu, device)]
+        apart["device"] = moco.compare_steps(*states, *(view[:32] for view in views), seed=0)
+    for what, by in apart.items():
+        if any(by[name] > limit for name, limit in STEPS_APART.items()):
+            raise ValueError(
+                f"{what}: the same step comes out differently, {by}, allowed is {STEPS_APART}; do not train on this machine"
+            )
+    bytes_each = (scratch / "checkpoints" / "last.pt").stat().st_size
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    waits = figures["data_wait"] > 0.2 and cfg.data.cache == "none"
+    return {
+        "pairs_per_s": figures["images_per_s"], "pairs_per_s_without_waiting": round(compute, 1), "data_wait": figures["data_wait"],
+        "loss": loss, "hours": round(schedule.total_steps * schedule.batch_size / through / 3600, 2), "peak_process_gb": peak / 1e9,
+        "peak_device_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
+        "checkpoints_gb": bytes_each * (cfg.train.keep_last + 4) / 1e9,
+        "cache_gb": 0 if cfg.data.cache == "none" else len(rows) * 3 * cfg.data.image_size**2 / 1e9, "apart": apart,
+        "limit": "decoding: data.cache=decoded decodes once" if waits else "computing: try train.compile=true, a smaller backbone",
+    }  # fmt: skip
+
+
+def check(cfg: Config, folder: Path, typed: set[str]) -> None:
+    """Say in minutes what train, embed and eval would say in hours: check.json, a page, and ValueError for what they would refuse.
+
+    Leaves nothing else behind.
+    """
+    page, refused = {}, []
+
+    def attempt(name: str, part: Callable) -> object:
+        try:
+            page[name] = part()
+        except (ValueError, OSError, FloatingPointError) as error:
+            refused.append(f"{name}: {error}")
+        return page.get(name)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        if not cfg.split.table.exists():
+            cfg = dataclasses.replace(cfg, split=dataclasses.replace(cfg.split, out_dir=scratch))
+        sides = ["train", "test", *["val"] * (cfg.split.validation_ratio > 0)]
+        rows = {side: attempt(f"rows of {side}", functools.partial(dataio.find_rows, cfg.data, cfg.split, side)) for side in sides}
+        for side in (side for side in sides if rows[side]):
+            page.pop(f"rows of {side}")
+            attempt(side, functools.partial(describe_side, rows[side], cfg))
+        if rows["test"]:
+            attempt("eval", lambda: enrol_ahead(cfg))
+        if rows["train"]:
+            attempt("steps", lambda: try_steps(cfg, rows["train"], Path(scratch)))
+    page["free_disk_gb"] = shutil.disk_usage(folder).free / 1e9
+    need = sum(page.get("steps", {}).get(name, 0) for name in ("checkpoints_gb", "cache_gb"))
+    if need > page["free_disk_gb"]:
+        refused.append(f"{folder}: checkpoints and cache need {need:.1f} GB, {page['free_disk_gb']:.1f} GB are free; make room")
+    page["refused"] = refused
+    write_text(folder / "check.json", json.dumps(page, indent=1))
+    shutil.rmtree(folder / ".hydra" / "check", ignore_errors=True)
+    log.info("%s", OmegaConf.to_yaml(OmegaConf.create(page)).rstrip())
+    if refused:
+        raise ValueError(f"{len(refused)} things would stop this run, see {folder / 'check.json'}:\n" + "\n".join(refused))
+
+
 # ---- embed ----
 
 REFERENCE_IMAGES = 4096  # train images that the references are fitted on
 REFERENCES = ("untrained", "pca")
-
-
-def embedded_rows(cfg: Config, side: str | None) -> dataio.Rows:
-    """The rows of a side of the split, or, where it is None, all rows of embed.test_glob."""
-    return dataio.find_rows(cfg.data, cfg.split, side) if side else dataio.find_given_rows(cfg.embed.test_glob, cfg.data.columns)
 
 
 def reference_encoders(cfg: Config, rows: dataio.Rows, device: torch.device) -> dict[str, moco.Encoder]:
@@ -1217,6 +1340,7 @@ def train_and_measure(cfg: Config, folder: Path, typed: set[str]) -> float:
 
 COMMANDS: dict[str, Callable[[Config, Path, set[str]], float | None]] = {
     "split": split,
+    "check": check,
     "train": train_for_objective,
     "embed": embed,
     "eval": lambda cfg, folder, typed: evaluate(cfg, folder, typed) and None,
