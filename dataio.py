@@ -22,7 +22,9 @@ import re
 import shutil
 import socket
 import sys
+import tempfile
 import threading
+import urllib.parse
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -49,7 +51,9 @@ LANES = 8  # places of the files that are read side by side; fixed, so that the 
 PREFETCH = 4  # batches that are decoded ahead
 READ_AHEAD = 1024  # images whose row groups are requested before they are due
 TASK_IMAGES = 32  # that a thread decodes at a time: some 10 ms
+MARKED_FILES = 16  # of a source, whose first pictures a run notes: one page of each, which may be 20 MB
 CACHE_CHUNK = 4096  # images of a decoded cache that share a checksum
+SPLIT_TABLE = "identity_splits.parquet"
 METADATA_KEY = b"sniperface"  # our entry in the schema metadata of the files we write
 
 # ---- Files ----
@@ -137,14 +141,36 @@ def need_space(folder: Path, need_bytes: int, what: str) -> None:
         )
 
 
+def need_writable(folder: Path) -> None:
+    """Raise OSError, with the settings that help, unless files can be written in `folder`, which is made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        cure = "choose folders where you can write: split.out_dir=runs/splits data.cache_dir=runs/cache"
+        raise OSError(f"{folder}: cannot be written to ({error.strerror}); {cure}") from error
+
+
+def parquet_below(folder: str) -> list[str]:
+    """All parquet files below a folder, but not what is hidden, begins with `_`, or was written by `split`."""
+    names = [name for name in glob.glob("**/*.parquet", root_dir=folder, recursive=True) if "/_" not in f"/{name}"]
+    ours = tuple(name.removesuffix(SPLIT_TABLE) for name in names if name.endswith(f"/{SPLIT_TABLE}"))
+    paths = [os.path.join(folder, name) for name in names if not name.startswith(ours)]
+    return [path for path in paths if not os.path.isdir(path)]
+
+
 def find_files(globs: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Files that match any of `globs`, sorted by name. Raises FileNotFoundError for a pattern without a match."""
+    """Files that match any of `globs`, or lie below a folder that does, sorted by name. Raises FileNotFoundError for none."""
     found: list[Path] = []
     for pattern in map(str, [globs] if isinstance(globs, str | Path) else globs):
-        matches = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)  # a name may hold [ ]
+        matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)  # a name may hold [ ]
         if not matches:
             raise FileNotFoundError(f"no file matches {pattern!r} (looked from {Path.cwd()})")
-        found += [Path(m) for m in matches]
+        for match in matches:
+            files = parquet_below(match) if os.path.isdir(match) else [match]
+            if not files:
+                raise FileNotFoundError(f"{match}: a folder without a .parquet file; give one that holds some")
+            found += map(Path, files)
     return sorted({os.path.abspath(path): path for path in found}.values(), key=lambda path: (path.name, str(path)))
 
 
@@ -197,9 +223,19 @@ def open_parquet(path: Path, metadata: pq.FileMetaData | None = None) -> pq.Parq
         return parquet
 
 
+def with_path_columns(table: pa.Table, path: Path) -> pa.Table:
+    """`table` of the file `path` with the columns that it lacks and its folders give: below `identity_id=7/`, the string "7"."""
+    for part in path.absolute().parent.parts:
+        name, equals, value = map(urllib.parse.unquote, part.partition("="))
+        if equals and name not in table.column_names:
+            value = pa.scalar(None if value == "__HIVE_DEFAULT_PARTITION__" else value, pa.string())
+            table = table.append_column(name, pa.repeat(value, len(table)))
+    return table
+
+
 def check_contract(path: Path, schema: pa.Schema, columns: Columns) -> None:
     """Raise ValueError unless `schema` has the three columns with types that can hold an identity, a name and an image."""
-    t = pa.types
+    t, schema = pa.types, with_path_columns(schema.empty_table(), path).schema
     text = (t.is_string, t.is_large_string, t.is_string_view)
     for name, kind, fits in (
         (columns.identity, "string or integer", (*text, t.is_integer)),
@@ -221,7 +257,7 @@ def read_strings(parquet: pq.ParquetFile, path: Path, name: str) -> pa.Array:
     Raises ValueError for nulls and for what is damaged.
     """
     with naming(path):
-        column = parquet.read(columns=[name], use_threads=False).column(0)
+        column = with_path_columns(parquet.read(columns=[name], use_threads=False), path)[name]
         column.validate(full=True)  # a string that is not valid UTF-8
         strings = pc.cast(column, pa.large_string()).combine_chunks()
     if column.null_count:
@@ -275,7 +311,7 @@ class SplitConfig:
 
     @property
     def table(self) -> Path:
-        return Path(self.out_dir) / "identity_splits.parquet"
+        return Path(self.out_dir) / SPLIT_TABLE
 
 
 class Splits(NamedTuple):
@@ -353,6 +389,7 @@ def write_identity_splits(
             f"{len(sides)} identities split into {counts}: both train and test need at least one; give more data "
             f"or another split.train_ratio"
         )
+    need_writable(Path(out_path).parent)
     note = {"seed": seed, "train_ratio": train_ratio, "validation_ratio": validation_ratio, "counts": counts, "extends": [*extends]}
     table = pa.table({"identity_id": list(sides), "split": list(sides.values())})
     with write_whole(Path(out_path)) as temporary:
@@ -376,10 +413,15 @@ class RowIndex:
     unit: np.ndarray  # int32 [N]: unit of each allowed row, ascending
     row: np.ndarray  # int32 [N]: row inside the unit
     place_in_file: np.ndarray  # int32 [N]: row inside the file
-    fingerprint: str  # of the files' rows and of which are allowed; the folder does not count
+    marks: list[dict]  # of each file its name, and what tells whether it is still the same and what of it changed
 
     def __len__(self) -> int:
         return len(self.unit)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the files' rows and of which are allowed; neither their names nor their folder count."""
+        return digest(*([value for key, value in mark.items() if key != "name"] for mark in self.marks))
 
     def place(self, i: int) -> tuple[Path, int]:
         """Path of the file and row in it, counted from 0, of row `i` of the index."""
@@ -402,9 +444,9 @@ def image_chunk(group: pq.RowGroupMetaData, columns: Columns) -> pq.ColumnChunkM
     return next(chunk for chunk in map(group.column, range(group.num_columns)) if chunk.path_in_schema == columns.image)
 
 
-def mark_pictures(path: Path, metadata: pq.FileMetaData, columns: Columns) -> list[tuple[int, int]]:
-    """Of each row group its size and a checksum of both ends of its pictures, 4 kB each: they change when the pictures do."""
-    marks = []
+def mark_stored(path: Path, metadata: pq.FileMetaData, columns: Columns) -> dict[str, str]:
+    """How the pictures are compressed, and a digest of each row group's size and of both ends of its pictures, 4 kB each."""
+    marks, kinds = [], set()
     with naming(path), open(path, "rb") as file:
         for group in map(metadata.row_group, range(metadata.num_row_groups)):
             chunk = image_chunk(group, columns)
@@ -412,7 +454,8 @@ def mark_pictures(path: Path, metadata: pq.FileMetaData, columns: Columns) -> li
             places = (start, max(start, start + chunk.total_compressed_size - 4096))
             ends = b"".join(os.pread(file.fileno(), 4096, place) for place in places)
             marks.append((group.total_byte_size, zlib.crc32(ends)))
-    return marks
+            kinds.add(chunk.compression)
+    return {"compression": " ".join(sorted(kinds)), "bytes": digest(*marks)}
 
 
 def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | None, columns: Columns = COLUMNS) -> RowIndex:
@@ -421,7 +464,7 @@ def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | 
     Raises ValueError if there is none.
     """
     paths, files, marks, parts = find_files(globs), [], [], []
-    stamps = [stamp(path) for path in paths]
+    stamps, root = [stamp(path) for path in paths], os.path.commonpath([path.absolute().parent for path in paths])
     allowed = None if allowed_identities is None else pa.array([*map(str, allowed_identities)], pa.large_string())
     for number, (path, stamped) in enumerate(zip(paths, stamps, strict=True)):
         metadata, identities = scan_identities(path, stamped, columns)
@@ -434,8 +477,9 @@ def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | 
         place = np.flatnonzero(mask).astype(np.int32)
         group = np.searchsorted(before, place, side="right") - 1
         parts.append(np.stack([np.full(len(place), number), group, place - before[group], place]).astype(np.int32))
-        people = zlib.crc32("\n".join(identities.to_pylist()).encode())
-        marks.append((path.name, people, zlib.crc32(place), *mark_pictures(path, metadata, columns)))
+        people = digest(zlib.crc32("\n".join(identities.to_pylist()).encode()), zlib.crc32(place))
+        mark = {"name": os.path.relpath(path, root), "rows": len(identities), "row groups": digest(*sizes), "people": people}
+        marks.append(mark | mark_stored(path, metadata, columns))
         files.append(metadata)
     file, group, row, place = np.concatenate(parts, axis=1)
     if not len(row):
@@ -445,7 +489,7 @@ def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | 
     starts = np.flatnonzero((np.diff(file, prepend=-1) != 0) | (np.diff(group, prepend=-1) != 0))  # first row of each unit
     unit = np.repeat(np.arange(len(starts), dtype=np.int32), np.diff(starts, append=len(row)))
     units, starts = np.stack([file, group], axis=1)[starts], np.append(starts, len(row))
-    return RowIndex(files, paths, stamps, columns, units, starts, unit, row, place, digest(*marks))
+    return RowIndex(files, paths, stamps, columns, units, starts, unit, row, place, marks)
 
 
 SHARD_SCHEMA = pa.schema([("identity_id", pa.string()), ("image_filename", pa.string()), ("image_bytes", pa.binary())])
@@ -467,7 +511,8 @@ def read_unit(index: RowIndex, unit: int, rows: np.ndarray, names: Sequence[str]
             inside = rows[(rows >= offset) & (rows < offset + len(batch))] - offset
             offset += len(batch)
             if len(inside):
-                table = pa.Table.from_batches([batch]).select(theirs).rename_columns(names).cast(schema)
+                table = with_path_columns(pa.Table.from_batches([batch]), path)
+                table = table.select(theirs).rename_columns(names).cast(schema)
                 yield table if len(inside) == len(batch) else table.take(inside)
             if offset > rows[-1]:
                 return
@@ -482,6 +527,41 @@ def read_rows(index: RowIndex, places: np.ndarray | None = None) -> Iterator[pa.
     for unit in np.unique(index.unit[places]).tolist():
         rows = index.row[places[slice(*np.searchsorted(places, index.starts[unit : unit + 2]))]]
         yield from read_unit(index, unit, rows, SHARD_SCHEMA.names, ROW_GROUP_ROWS)
+
+
+def mark_files(index: RowIndex) -> list[dict]:
+    """The marks of the files, with a checksum of the first pictures of MARKED_FILES of them, however they are compressed."""
+    marks, file = [mark | {"pictures": None} for mark in index.marks], index.units[index.unit, 0]
+    for number in range(0, len(marks), -(-len(marks) // MARKED_FILES)):
+        tables = read_rows(index, np.flatnonzero(file == number)[:16])
+        marks[number]["pictures"] = digest(*(data.as_py() for table in tables for data in table["image_bytes"]))
+    return marks
+
+
+def changed_files(saved: list[dict], found: list[dict], plain: bool) -> list[str]:
+    """What of a source's files changed since they were marked, in words; names and compression may, if all rows keep their place.
+
+    plain: they are streamed plainly, in an order that depends on the row groups.
+    """
+
+    def changes(old: dict, new: dict) -> list[str]:
+        kinds = ["rows", "people", "pictures", *["row groups"] * plain]
+        told = [kind for kind in kinds if old[kind] != new[kind] and None not in (old[kind], new[kind])]
+        stored_anew = old["bytes"] != new["bytes"] and old["compression"] == new["compression"]
+        return told or ["bytes (equally compressed, so maybe other pictures)"] * stored_anew
+
+    if len(saved) == len(found) and not any(itertools.starmap(changes, zip(saved, found, strict=True))):
+        return []
+    told, named = [], {mark["name"]: mark for mark in found}
+    new, alike = named.copy(), {(mark["rows"], mark["people"]): mark for mark in found}
+    for old in saved:
+        if now := named.get(old["name"]) or alike.get((old["rows"], old["people"])):
+            new.pop(now["name"], None)
+            what = [f"name ({now['name']})"] * (now["name"] != old["name"]) + changes(old, now)
+            told += [f"{old['name']} differs in {', '.join(what)}"] * bool(what)
+        else:
+            told.append(f"{old['name']} is gone")
+    return told + [f"{name} is new" for name in new]
 
 
 def regroup(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
@@ -719,6 +799,7 @@ def materialize_split(
     names = [f"{out_dir.name}_{shard:05d}.parquet" for shard in range(-(-len(index) // rows))]
     note = {"split": split_name, "table": splits.hash, "source": index.fingerprint, "rows": len(index), "shards": len(names)}
     note["shard_rows"] = rows
+    need_writable(out_dir.parent)
     with locked(out_dir.with_name(f".{out_dir.name}.lock"), wait=True):
         if not out_dir.exists() or not all((out_dir / n).exists() and read_metadata(out_dir / n) == note for n in names):
             write_side(index, out_dir, names, note)
@@ -991,10 +1072,6 @@ class ParquetImageStream(Passes):
         self.loaded: dict[tuple[int, int], Future] = {}  # encoded rows by (pass, unit), until their last use
         self.plan = functools.lru_cache(maxsize=2)(self.plan)
 
-    @property
-    def fingerprint(self) -> str:
-        return digest(self.order_kind, self.index.fingerprint, self.shuffle_files, self.shuffle_buffer)
-
     def plan(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Of pass `number`: the rows of the index in its order [N], and the place in it where each unit is needed last [U]."""
         rng = np.random.default_rng(draw_seed(self.seed, "order", number))
@@ -1122,6 +1199,7 @@ def open_cache(stream: ParquetImageStream, folder: Path, workers: int | None) ->
     shape = (len(stream), size, size, 3)
     name = f"{digest(stream.index.fingerprint, size, stream.max_pixels, len(stream))}.u8"
     final, part, note_path = folder / name, folder / f"{name}.part", folder / f"{name}.json"
+    need_writable(folder)
     with locked(folder / f".{name}.lock", wait=True):
         if not final.exists():
             build_cache(stream, part, note_path, shape, workers)
@@ -1154,16 +1232,11 @@ class DecodedCache(Passes):
         self, stream: ParquetImageStream, folder: str | Path, workers: int | None = None, device: torch.device | None = None
     ):
         self.index, self.seed, self.image_size, self.bad = stream.index, stream.seed, stream.image_size, stream.bad
-        self.fingerprint, self.on_device = self.fingerprint_of(stream), device is not None
+        self.on_device = device is not None
         self.images: np.ndarray | Tensor = open_cache(stream, Path(folder), workers)
         self.order = functools.lru_cache(maxsize=2)(self.order)  # of this pass and the next
         if device is not None:
             self.images = copy_to_device(self.images, device)
-
-    @classmethod
-    def fingerprint_of(cls, stream: ParquetImageStream) -> str:
-        """What `fingerprint` will be, before the cache is made."""
-        return digest(cls.order_kind, stream.index.fingerprint)
 
     def order(self, number: int) -> np.ndarray:
         return np.random.default_rng(draw_seed(self.seed, "order", number)).permutation(len(self))
@@ -1210,11 +1283,6 @@ def open_streams(rows: Rows, cfg: DataConfig, seed: int) -> list[ParquetImageStr
         )
         for source, index in rows.indices.items()
     ]  # fmt: skip
-
-
-def describe_order(streams: list[ParquetImageStream], cfg: DataConfig) -> list[str]:
-    """Fingerprints of which images each source has and of how they are drawn; known before a cache is made."""
-    return [stream.fingerprint if cfg.cache == "none" else DecodedCache.fingerprint_of(stream) for stream in streams]
 
 
 def cached(streams: list[ParquetImageStream], cfg: DataConfig, device: torch.device) -> list[Passes]:

@@ -144,10 +144,17 @@ def check_together(cfg: Config) -> None:
         raise ValueError(f"backbone.layers={cfg.backbone.layers}: must be four numbers")
 
 
+def expand_home(value: object) -> object:
+    """Settings, nested or not, with `~/` for the home folder where one begins with it: only paths do."""
+    if isinstance(value, dict):
+        return {key: expand_home(inner) for key, inner in value.items()}
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
 def load_config(raw: DictConfig) -> Config:
     """The composed settings as a typed `Config`; ValueError, in one line, for an unknown key, a wrong type or a bad value."""
     try:
-        plain = OmegaConf.to_container(raw, resolve=True)
+        plain = expand_home(OmegaConf.to_container(raw, resolve=True))
         cfg: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     except Exception as error:  # omegaconf's errors say the key in a line of their own
         lines = [line.strip() for line in str(error).splitlines()]
@@ -311,7 +318,7 @@ def load_checkpoint(path: Path) -> dict:
         check_seal(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         wrong = [name for name, kind in kinds.items() if not isinstance(state, dict) or not isinstance(state.get(name), kind)]
-        if wrong or not {"table", "shards", "sources", "precision"} <= state["meta"].keys():
+        if wrong or not {"table", "shards", "precision"} <= state["meta"].keys():
             raise ValueError(f"not a whole checkpoint of this program: {wrong or 'meta'} is not as it writes it")
         return state
     except Exception as error:  # zipfile, pickle and torch raise a dozen types for damaged files
@@ -398,17 +405,21 @@ def find_start(cfg: Config, folder: Path) -> dict | None:
 def check_same_data(saved: dict, found: dict, tables: list[str], cfg: Config, folder: Path) -> None:
     """Raise ValueError if the rows, their order or their split are not those that the run was started on."""
     meta, cache = saved["meta"], saved["config"]["data"]["cache"]
-    if meta["table"] in tables:
-        found = found | {"table": meta["table"]}  # it has grown since; the fingerprints tell whether the train rows did
-    changed = {key: (meta[key], now) for key, now in found.items() if meta[key] != now}
-    if changed.keys() == {"sources"} and (cache == "none") != (cfg.data.cache == "none"):
+    if (cache == "none") != (cfg.data.cache == "none"):
         raise ValueError(
             f"{folder} was started with data.cache={cache}, {cfg.data.cache} draws in another order; set that, or run="
         )
-    if changed:
-        raise ValueError(
-            f"{folder}: the data is not what the run was started on (or the program is newer): {changed}; restore it, or set run="
-        )
+    if "files" not in meta:
+        told = f"{folder}: its checkpoints are of an older program and do not tell whether the data is the same"
+        raise ValueError(f"{told}; set run={free_run_name(folder)}")
+    told = [] if meta["table"] in tables else [f"split table {meta['table']} is {tables[0]} now"]  # it may have grown since
+    for source in sorted(meta["files"] | found["files"]):
+        marks = (there["files"].get(source, []) for there in (meta, found))
+        told += [f"{source}: {what}" for what in dataio.changed_files(*marks, cache == "none")]
+    if told:
+        told = "; ".join(told[:6] + ["and so on"] * (len(told) > 6))
+        told = f"{folder}: the data is not what the run was started on: {told}"
+        raise ValueError(f"{told}; restore files and order, or set run={free_run_name(folder)}")
 
 
 def embedded_rows(cfg: Config, side: str | None) -> dataio.Rows:
@@ -837,7 +848,9 @@ def train(cfg: Config, folder: Path) -> float:
         streams = dataio.open_streams(rows, cfg.data, cfg.seed)
         schedule = dataio.Schedule(cfg.curriculum, list(map(len, streams)), cfg.train.batch_size, cfg.train.epochs)
         last_step = min(schedule.total_steps, cfg.train.max_steps or schedule.total_steps)
-        meta = {"table": rows.tables[0], "shards": rows.shards, "sources": dataio.describe_order(streams, cfg.data)}
+        meta = {"table": rows.tables[0], "shards": rows.shards}
+        meta["sources"] = {source: index.fingerprint for source, index in rows.indices.items()}
+        meta["files"] = {source: dataio.mark_files(index) for source, index in rows.indices.items()}
         if saved:
             check_same_data(saved, meta, rows.tables, cfg, folder)
             training.load_state_dict(saved)
@@ -853,7 +866,8 @@ def train(cfg: Config, folder: Path) -> float:
         sources = dataio.cached(streams, cfg.data, device)
         meta |= {"precision": str(training.precision), **describe_machine(device)}
         write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg))))
-        write_text(folder / "environment.json", json.dumps([*read_starts(folder), {"from_step": training.step, **meta}], indent=1))
+        start = {"from_step": training.step} | {key: value for key, value in meta.items() if key != "files"}  # those may be many
+        write_text(folder / "environment.json", json.dumps([*read_starts(folder), start], indent=1))
         run = Run(cfg, folder, training, dataio.CurriculumMixStream(*sources, *[None] * (2 - len(sources)), 0, schedule), meta)
         say_what_trains(run, sources, streams, rows)
         monitor = draw_monitor(run)
@@ -1399,6 +1413,7 @@ def stop_at_once(number: int, frame: object) -> None:
 def start() -> None:
     """The command line: run `main`, and end in one line where it cannot."""
     signal.signal(signal.SIGTERM, stop_at_once)
+    sys.argv[1:] = [word.replace("=~/", f"={Path.home()}/") for word in sys.argv[1:]]  # Hydra's grammar has no ~
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra's own refusals arrive below as exceptions
     try:
         main()
