@@ -26,7 +26,7 @@ import tempfile
 import threading
 import urllib.parse
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -1646,18 +1646,21 @@ class VectorWriter:
 
 def read_embedding_column(path: Path, parquet: pq.ParquetFile, count: int) -> np.ndarray:
     """The column `embedding` as float32 [count, D], a row group at a time: what is held twice is one row group."""
-    vectors, done, size = np.empty((0, 1), np.float32), 0, parquet.schema_arrow.field("embedding").type.list_size
+    vectors, done = np.empty((0, 1), np.float32), 0
     for group in range(parquet.num_row_groups):
         with naming(path):
             column = parquet.read_row_group(group, columns=["embedding"])["embedding"].combine_chunks()
-        flat = column.flatten()
+        flat, widths = column.flatten(), pc.unique(pc.list_value_length(column)).to_pylist()
         if column.null_count or flat.null_count:
             raise ValueError(f"{path}: {max(column.null_count, 1)} rows have no embedding; write it again with command=embed")
-        rows = flat.to_numpy(zero_copy_only=True).reshape(-1, size)
-        if len(rows):  # only now is it known that rows are so long
-            vectors = vectors if done else np.empty((count, size), np.float32)
-            vectors[done : done + len(rows)] = rows[: max(0, count - done)]
-        done += len(rows)
+        if len(column):  # only now is it known that rows are so long
+            vectors = vectors if done else np.empty((count, widths[0]), np.float32)
+            if {*widths} != {vectors.shape[1]} or widths == [0]:
+                raise ValueError(f"{path}: embeddings of {sorted({*widths, vectors.shape[1]})} numbers; all need one width above 0")
+            rows = flat.to_numpy(zero_copy_only=False).reshape(len(column), -1)
+            with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite, and is refused as that
+                vectors[done : done + len(rows)] = rows[: max(0, count - done)]
+        done += len(column)
     if done != count:
         raise ValueError(f"{path}: damaged ({done} vectors for {count} names); write it again with command=embed")
     return vectors
@@ -1668,11 +1671,10 @@ def read_vectors(path: Path) -> VectorTable:
     parquet = open_parquet(path)
     found, last_words = parquet.schema_arrow.names, parquet.metadata.metadata or {}
     wrong = len(set(found)) < len(found) or not {"identity_id", "image_filename", "embedding"} <= set(found)
-    kind = None if wrong else parquet.schema_arrow.field("embedding").type
-    if wrong or not pa.types.is_fixed_size_list(kind) or kind.value_type != pa.float32() or not kind.list_size:
-        raise ValueError(
-            f"{path}: needs identity_id, image_filename and embedding fixed_size_list<float32>, found {found} ({kind})"
-        )
+    kind, t = None if wrong else parquet.schema_arrow.field("embedding").type, pa.types
+    is_list = kind and any(test(kind) for test in (t.is_fixed_size_list, t.is_list, t.is_large_list))
+    if not is_list or not t.is_floating(kind.value_type):
+        raise ValueError(f"{path}: needs identity_id, image_filename and embedding, a list of floats; found {found} ({kind})")
     names, files = (np.array(read_strings(parquet, path, name).to_pylist(), str) for name in ("identity_id", "image_filename"))
     sources = np.full(len(names), "file")
     if "source" in found:
@@ -1694,11 +1696,14 @@ def read_vectors(path: Path) -> VectorTable:
 def read_pairs(path: Path, data: VectorTable) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Read a protocol of pairs such as LFW's: `fold`, `image_filename_a`, `image_filename_b`, `same`.
 
-    Gives [N] each: the rows of both sides in `data`, whether they are the same person, and the fold. Raises ValueError for a file
-    that is not such a protocol, and for pictures without a vector.
+    Where file names repeat between people it needs `identity_id_a` and `identity_id_b` as well. Gives [N] each: the rows of both
+    sides in `data`, whether they are the same person, and the fold. Raises ValueError for a file that is not such a protocol, and
+    for pictures without a vector.
     """
-    wanted = ["fold", "image_filename_a", "image_filename_b", "same"]
     parquet, t = open_parquet(path), pa.types
+    by_person = any(name in ("identity_id_a", "identity_id_b") for name in parquet.schema_arrow.names)
+    picture = ["identity_id", "image_filename"] if by_person else ["image_filename"]
+    wanted = ["fold", "same", *(f"{name}_{side}" for side in "ab" for name in picture)]
     kinds = {name: parquet.schema_arrow.field(name).type for name in wanted if parquet.schema_arrow.names.count(name) == 1}
     fits = {"fold": t.is_integer, "same": lambda kind: t.is_boolean(kind) or t.is_integer(kind)}
     wrong = [name for name in wanted if name not in kinds or not fits.get(name, lambda kind: True)(kinds[name])]
@@ -1709,12 +1714,17 @@ def read_pairs(path: Path, data: VectorTable) -> tuple[np.ndarray, np.ndarray, n
     empty = [name for name in wanted if table[name].null_count]
     if empty or not set(table["same"].unique().to_pylist()) <= {0, 1}:
         raise ValueError(f"{path}: no value may be missing (look at {empty}) and same must be 0 or 1")
-    row_of = dict(zip(data.files.tolist(), range(len(data.files)), strict=True))
-    sides = [table[f"image_filename_{side}"].to_pylist() for side in "ab"]
-    unknown = {name for side in sides for name in side if name not in row_of}
-    if unknown or len(row_of) < len(data.files):
-        missing = f"{len(unknown)} of its pictures, such as {sorted(unknown)[:1]}, have no embedding"
-        what = missing if unknown else "file names stand twice in the embeddings"
-        raise ValueError(f"{path}: {what}; embed the benchmark's own pictures by embed.test_glob")
+    held = list(zip(*([data.names.tolist()] if by_person else []), data.files.tolist(), strict=True))
+    sides = [list(zip(*(read_strings(parquet, path, f"{n}_{side}").to_pylist() for n in picture), strict=True)) for side in "ab"]
+    row_of, times = dict(zip(held, range(len(held)), strict=True)), Counter(held)
+    for what, bad in (("no embedding", lambda n: n == 0), ("more than one embedding", lambda n: n > 1)):
+        if found := {name for side in sides for name in side if bad(times[name])}:
+            cure = "embed the benchmark's own pictures by embed.test_glob"
+            if not by_person and len(row_of) < len(held):
+                cure = "file names repeat between people there: add columns identity_id_a and identity_id_b"
+            raise ValueError(f"{path}: {len(found)} of its pictures, such as {'/'.join(min(found))!r}, have {what}; {cure}")
     a, b = (np.array([row_of[name] for name in side], np.int64) for side in sides)
-    return a, b, table["same"].to_numpy().astype(bool), table["fold"].to_numpy()
+    same = table["same"].to_numpy().astype(bool)
+    if by_person and len(wrong := np.flatnonzero((data.names[a] == data.names[b]) != same)):
+        raise ValueError(f"{path}: same contradicts the identities in {len(wrong)} rows, first row {wrong[0]}; correct one of them")
+    return a, b, same, table["fold"].to_numpy()

@@ -72,7 +72,7 @@ class EmbedConfig:
     flip: bool
     references: bool
     leak_check: bool
-    out: str
+    out: str | None
 
 
 @dataclass
@@ -553,22 +553,27 @@ def draw_neighbours(path: Path, data: dataio.VectorTable, ours: moco.Measured, c
                 spine.set(linewidth=3 if j and right else 0.5, linestyle="-" if j == 0 or right else ":")
 
 
-def draw_results(folder: Path, data: dataio.VectorTable, measured: dict[str, moco.Measured], cfg: Config, gallery: int) -> None:
-    """cmc.png, roc.png, similarity.png and neighbours.png of one evaluation."""
+def draw_results(
+    files: dict[str, Path], data: dataio.VectorTable, measured: dict[str, moco.Measured], cfg: Config, gallery: int
+) -> None:
+    """The pictures of one evaluation; those of an earlier one of its name go first, since not each can always be drawn."""
+    for name in PICTURES:
+        files[name].unlink(missing_ok=True)
     if not can_draw():
         return
-    plots, ours, ranks = folder / "plots", measured["trained"], np.array(moco.CMC_RANKS)
-    with picture(plots / "cmc.png") as axes:
+    ours, ranks = measured["trained"], np.array(moco.CMC_RANKS)
+    with picture(files["cmc"]) as axes:
         for style, (name, found) in enumerate(measured.items()):
             curve(axes[0, 0], ranks, found.cmc, name, style, **CMC_AXES)
         curve(axes[0, 0], ranks, np.minimum(1, ranks / gallery), "chance", 3)
-    with picture(plots / "roc.png") as axes:
-        units = {"xlabel": "false accept rate", "ylabel": "true accept rate", "xscale": "log", "ylim": (0, 1)}
-        for style, (name, found) in enumerate(measured.items()):
-            curve(axes[0, 0], list(found.roc), list(found.roc.values()), name, style, **units)
-        curve(axes[0, 0], list(ours.roc), list(ours.roc), "chance", 3)
-    draw_similarity(plots / "similarity.png", ours)
-    draw_neighbours(plots / "neighbours.png", data, ours, cfg)
+    if ours.roc:  # else there are too few impostors for any point of it
+        with picture(files["roc"]) as axes:
+            units = {"xlabel": "false accept rate", "ylabel": "true accept rate", "xscale": "log", "ylim": (0, 1)}
+            for style, (name, found) in enumerate(measured.items()):
+                curve(axes[0, 0], list(found.roc), list(found.roc.values()), name, style, **units)
+            curve(axes[0, 0], list(ours.roc), list(ours.roc), "chance", 3)
+    draw_similarity(files["similarity"], ours)
+    draw_neighbours(files["neighbours"], data, ours, cfg)
 
 
 # ---- split ----
@@ -1004,6 +1009,21 @@ def reference_encoders(cfg: Config, rows: dataio.Rows, device: torch.device) -> 
     return {"untrained": moco.freeze(backbone, device, cfg.embed.flip), "pca": moco.fit_pca(map(dataio.to_float, images))}
 
 
+def short_name(path: str) -> str:
+    """The last part of a path or pattern that has a name, without wildcards and suffix: faces/lfw/*.parquet -> lfw"""
+    parts = reversed(Path(os.path.abspath(path)).parts)
+    names = (re.sub(r"(\[.*?\]|[^\w-]|_)+", "_", Path(part).stem).strip("_-") for part in parts)
+    return next(filter(None, names), "files")
+
+
+def embedded_file(cfg: Config) -> str:
+    """Where `embed` writes in the run's folder, by default named after what it embeds; so vectors of other files replace none."""
+    name, given = f"{cfg.embed.split}_embeddings", cfg.embed.test_glob
+    if given and not Path(os.path.abspath(given)).is_relative_to(os.path.abspath(f"{cfg.split.out_dir}/{cfg.embed.split}")):
+        name = short_name(given).removesuffix("_embeddings")
+    return cfg.embed.out or f"embeddings/{name}.parquet"
+
+
 def reference_path(embeddings: Path, name: str) -> Path:
     """test_embeddings.parquet -> test_embeddings.untrained.parquet"""
     return embeddings.with_name(f"{embeddings.stem}.{name}.parquet")
@@ -1052,7 +1072,7 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
             f"its test identities may have been trained on"
         )
     train_rows = find_train_rows(cfg, table)
-    out = folder / cfg.embed.out
+    out = folder / embedded_file(cfg)
     files = {"trained": out} | {name: reference_path(out, name) for name in REFERENCES}
     encoders = {"trained": moco.freeze(model.query.backbone, device, cfg.embed.flip)}
     if train_rows and cfg.embed.references:
@@ -1088,6 +1108,21 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
 
 
 # ---- eval ----
+
+PICTURES = ("cmc", "roc", "similarity", "neighbours")
+
+
+def files_of_evaluation(cfg: Config, folder: Path) -> dict[str, Path]:
+    """Files that an evaluation owns, like its section of report.md: it replaces all of them and touches no other's.
+
+    metrics.json, plots/cmc.png, ... belong to the run's own test vectors; metrics_lfw.json, plots/lfw_cmc.png, ... to lfw.parquet.
+    """
+    vectors, own = cfg.eval.embeddings or embedded_file(cfg), os.path.abspath(folder / "embeddings/test_embeddings.parquet")
+    is_own = own in (os.path.abspath(folder / vectors), os.path.abspath(vectors))
+    out = cfg.eval.out or ("metrics.json" if is_own else f"metrics_{short_name(vectors)}.json")
+    name = "" if out == "metrics.json" else short_name(out).removeprefix("metrics_") + "_"
+    files = {"metrics": folder / out, "ranks": (folder / out).with_suffix(".ranks.parquet")}  # the rank of each probe
+    return files | {what: folder / "plots" / f"{name}{what}.png" for what in PICTURES}
 
 
 def check_provenance(path: Path, data: dataio.VectorTable, cfg: Config, folder: Path) -> int | None:
@@ -1158,7 +1193,7 @@ def measure_pairs(path: Path, data: dataio.VectorTable, fars: list[float]) -> di
 def read_vectors(path: Path) -> dataio.VectorTable:
     """A table of vectors that can be measured. Raises ValueError."""
     data = dataio.read_vectors(path)
-    moco.check_vectors(data.vectors, str(path))
+    moco.check_vectors(data.vectors, str(path), foreign=not data.note)
     return data
 
 
@@ -1175,13 +1210,20 @@ def read_reference(path: Path, name: str, data: dataio.VectorTable) -> dataio.Ve
 
 
 def results_table(metrics: dict, encoders: Iterable[str], cfg: moco.EvalConfig) -> str:
-    """The compact table of the terminal: a row an encoder, intervals in brackets, chance last."""
-    lines = [f"{'':<12}" + "".join(f"{f'Rank-{k}':<24}" for k in cfg.top_k)]
-    for name in encoders:
-        figures = metrics if name == "trained" else metrics[name]
-        cells = ("{:.3f} [{:.3f}, {:.3f}]".format(figures[f"rank{k}"], *figures[f"rank{k}_ci"]) for k in cfg.top_k)
-        lines.append(f"{name:<12}" + "".join(f"{cell:<24}" for cell in cells))
-    lines.append(f"{'chance':<12}" + "".join(f"{min(1, k / metrics['gallery']):<24.3f}" for k in cfg.top_k))
+    """The compact table of the terminal: a row an encoder, pairs first, intervals in brackets, chance last."""
+    pairs, gallery, rate = metrics["pair_protocol"], metrics["gallery"], "{:z.3f} [{:z.3f}, {:z.3f}]".format
+    columns = [(f"Rank-{k}", lambda f, k=k: rate(f[f"rank{k}"], *f[f"rank{k}_ci"]), min(1, k / gallery)) for k in cfg.top_k]
+    for far in sorted(float(name[4:]) for name in pairs if name.startswith("tar@"))[:1]:
+        columns.insert(0, (f"TAR at FAR {far:g}", lambda f, far=far: f"{f['pair_protocol'][f'tar@{far:g}']:.3f}", far))
+    if pairs:
+        accuracy = "{accuracy:.4f} +- {standard_error:.4f}".format_map
+        columns.insert(0, ("Accuracy of pairs", lambda f: accuracy(f["pair_protocol"]), pairs["chance"]))
+    rows = {"": [title for title, _, _ in columns]}
+    rows |= {name: [cell(metrics if name == "trained" else metrics[name]) for _, cell, _ in columns] for name in encoders}
+    rows["chance"] = [f"{chance:.3f}" for _, _, chance in columns]
+    lines = [f"{name:<12}" + "".join(f"{cell:<24}" for cell in cells) for name, cells in rows.items()]
+    if pairs:
+        lines.append(f"{pairs['pairs']} pairs, judged by the threshold of the other folds; +- is the standard error over the folds")
     who = "unseen identities" if metrics["made_from"].get("trained_on") == 0 else "identities, not known to be unseen,"
     lines.append(
         f"{metrics['gallery']} {who} enrolled with {metrics['enroll_per_id']} pictures each ({metrics['distractors']} of them "
@@ -1190,16 +1232,19 @@ def results_table(metrics: dict, encoders: Iterable[str], cfg: moco.EvalConfig) 
     return "\n".join(line.rstrip() for line in lines)
 
 
-def write_report(folder: Path, metrics: dict, table: str, cfg: Config) -> None:
-    """report.md: figures and pictures of a run on one page, from the template conf/templates/report.md."""
+def write_report(folder: Path, files: dict[str, Path], metrics: dict, table: str, cfg: Config) -> None:
+    """report.md: a run on one page. Each evaluation has a section, conf/templates/report.md; this writes that of `files`."""
+
+    def shown(*pictures: Path) -> str:
+        return "\n\n".join(f"![{path.stem}](plots/{path.name})" for path in pictures if path.exists())
 
     def rows(figures: dict, *labels: object, only: str | None = None, beside: Iterable[dict] = ()) -> str:
         """A line for each figure with an interval, or for the figure `only` under other labels; others' values behind it."""
         lines = []
         for name in (name for name in figures if f"{name}_ci" in figures and only in (None, name)):
             low, high = figures[f"{name}_ci"]
-            others = (f"{other[name]:.4f}" if name in other else "" for other in beside)
-            lines.append((*(labels or (name,)), f"{figures[name]:.4f}", f"{low:.4f} to {high:.4f}", *others))
+            others = (f"{other[name]:z.4f}" if name in other else "" for other in beside)
+            lines.append((*(labels or (name,)), f"{figures[name]:z.4f}", f"{low:z.4f} to {high:z.4f}", *others))
         return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
     draws, gallery, first = metrics["enrolment_draws"], metrics["gallery"], f"rank{cfg.eval.top_k[0]}"
@@ -1207,35 +1252,40 @@ def write_report(folder: Path, metrics: dict, table: str, cfg: Config) -> None:
     chance = {f"rank{k}": min(1, k / gallery) for k in {1, 5, 10, *cfg.eval.top_k}} | {f"tar@{far:g}": far for far in cfg.eval.fars}
     ranks = np.minimum(np.arange(1, gallery + 1), moco.last_rank(cfg.eval) + 1)
     chance |= {"auc": 0.5, "eer": 0.5, "mrr": float((1 / ranks).mean())}
-    names = ("cmc", "roc", "similarity", "neighbours", "train", "views")
+    refused = [f"{name} of the pairs" for name in metrics["pair_protocol"].get("refused", [])]
+    refused += metrics["refused"] + metrics["open_set"].get("refused", [])
+    heading = f"## {os.path.relpath(files['metrics'], folder)}"
     values = {
-        "run": folder.name, "table": table, "first": first, "made_from": json.dumps(metrics["made_from"]),
+        "heading": heading, "table": table, "first": first, "made_from": json.dumps(metrics["made_from"]),
         "figures": rows(metrics, beside=(*references.values(), chance)),
         "references": "".join(f" {name} |" for name in references), "rules": "---|" * len(references),
         "open_set": rows(metrics["open_set"]) or "| none | | |",
-        "refused": ", ".join(metrics["refused"] + metrics["open_set"].get("refused", [])) or "none",
+        "refused": ", ".join(refused) or "none",
         "draws": f"{draws['rank1_mean']:.4f} on average over {draws['draws']} draws (deviation {draws['rank1_std'] or 0:.4f})",
-        "geometry": ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in metrics["geometry"].items()),
+        "geometry": ", ".join(f"{name.replace('_', ' ')} {value:z.3f}" for name, value in metrics["geometry"].items()),
         "sources": "\n".join(rows(f, name, f["probes"], only=first) for name, f in metrics["per_source"].items()),
         "sweep": "\n".join(rows(f, n, only=first) for n, f in metrics["enroll_sweep"].items()),
-        "pictures": "\n\n".join(f"![{name}](plots/{name}.png)" for name in names if (folder / f"plots/{name}.png").exists()),
+        "pictures": shown(*(files[name] for name in PICTURES)),
     }  # fmt: skip
-    template = string.Template((CONF / "templates" / "report.md").read_text())
-    write_text(folder / "report.md", template.substitute(values))
-
-
-def ranks_path(folder: Path, cfg: Config) -> Path:
-    """metrics.json -> metrics.ranks.parquet: the rank of each probe, from which `report` computes paired differences."""
-    return (folder / cfg.eval.out).with_suffix(".ranks.parquet")
+    section = string.Template((CONF / "templates" / "report.md").read_text()).substitute(values)
+    there = (folder / "report.md").read_text(errors="replace") if (folder / "report.md").exists() else ""
+    sections = {part.split("\n")[0]: part for part in re.split(r"^(?=## )", there, flags=re.MULTILINE)[1:]} | {heading: section}
+    head = (f"# Run {folder.name}", shown(folder / "plots/train.png", folder / "plots/views.png"))
+    write_text(folder / "report.md", "\n\n".join(part.strip() for part in (*head, *sections.values()) if part) + "\n")
 
 
 def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
     """Measure an embeddings file: figures to metrics.json, a table to the terminal, pictures and report.md to the run's folder."""
+
+    def of_pairs(data: dataio.VectorTable) -> dict:
+        return measure_pairs(Path(cfg.eval.pairs), data, cfg.eval.fars) if cfg.eval.pairs else {}
+
     if (folder / "config.yaml").exists():
         cfg = settings_of(read_saved_settings(folder / "config.yaml"), cfg, typed)
-    path = next((path for path in (folder / cfg.eval.embeddings, Path(cfg.eval.embeddings)) if path.is_file()), None)
+    files, asked_for = files_of_evaluation(cfg, folder), cfg.eval.embeddings or embedded_file(cfg)
+    path = next((path for path in (folder / asked_for, Path(asked_for)) if path.is_file()), None)
     if path is None:
-        places = f"{folder / cfg.eval.embeddings}: no such file, nor {Path(cfg.eval.embeddings).absolute()}"
+        places = f"{folder / asked_for}: no such file, nor {Path(asked_for).absolute()}"
         raise FileNotFoundError(f"{places}; command=embed writes it, or set eval.embeddings")
     log.info("measuring %s", path)
     device, data = moco.pick_device(cfg.device), read_vectors(path)
@@ -1243,7 +1293,7 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
     metrics, ours = moco.evaluate(data, cfg.eval, device)
     metrics |= {
         "identities_asked": asked, "embeddings": str(path), "made_from": data.note, "leaks": count_leaks(data, ours.drawn),
-        "pair_protocol": measure_pairs(Path(cfg.eval.pairs), data, cfg.eval.fars) if cfg.eval.pairs else {},
+        "pair_protocol": of_pairs(data),
     }  # fmt: skip
     if metrics["gallery"] <= max(cfg.eval.top_k):
         log.warning("only %d identities are enrolled: Rank-%d is always 1", metrics["gallery"], max(cfg.eval.top_k))
@@ -1251,18 +1301,18 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
     for name in REFERENCES:
         if reference := read_reference(path, name, data):
             measured[name] = moco.measure(reference, cfg.eval, device)
-            metrics[name] = measured[name].figures()
+            metrics[name] = measured[name].figures() | {"pair_protocol": of_pairs(reference)}
     ranks = {"identity_id": data.names[ours.drawn.probes], "picture": data.keys[ours.drawn.probes], "rank": ours.found.rank}
     ranks = pa.table(ranks)
-    with write_whole(ranks_path(folder, cfg)) as temporary:  # ranks beyond this one are not told apart
+    with write_whole(files["ranks"]) as temporary:  # ranks beyond this one are not told apart
         note = {"ranks_cut_from": moco.last_rank(cfg.eval) + 1}
         pq.write_table(ranks.cast(dataio.with_metadata(ranks.schema, note)), temporary)
-    write_text(folder / cfg.eval.out, json.dumps(metrics, indent=1))
+    write_text(files["metrics"], json.dumps(metrics, indent=1))
     table = results_table(metrics, measured, cfg.eval)
     log.info("%s", table)
     with not_vital("pictures of the results"):
-        draw_results(folder, data, measured, cfg, metrics["gallery"])
-    write_report(folder, metrics, table, cfg)
+        draw_results(files, data, measured, cfg, metrics["gallery"])
+    write_report(folder, files, metrics, table, cfg)
     return metrics
 
 
@@ -1272,7 +1322,7 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
 def difference_to(first: Path, run: Path, cfg: Config) -> dict[str, float | None]:
     """Rank-1 of a run minus that of the first, with its interval; empty values where it was not measured on the same probes."""
     names = ("rank1_change", "rank1_change_low", "rank1_change_high")
-    files = [ranks_path(path, cfg) for path in (first, run)]
+    files = [files_of_evaluation(cfg, path)["ranks"] for path in (first, run)]
     if not all(file.exists() for file in files):
         return dict.fromkeys(names)
     base, ours = (pq.read_table(file).sort_by([("identity_id", "ascending"), ("picture", "ascending")]) for file in files)
@@ -1300,7 +1350,8 @@ def report(cfg: Config, pattern: str) -> None:
     varied = sorted(
         key for key in settings[0] if key not in ("run", "run_dir", "command") and len({str(s.get(key)) for s in settings}) > 1
     )
-    metrics = [json.loads((run / cfg.eval.out).read_text()) if (run / cfg.eval.out).exists() else {} for run in runs]
+    files = [files_of_evaluation(cfg, run)["metrics"] for run in runs]
+    metrics = [json.loads(file.read_text()) if file.exists() else {} for file in files]
     rows = []
     for run, setting, figures in zip(runs, settings, metrics, strict=True):
         lines = read_log(run)
