@@ -40,7 +40,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -808,22 +808,38 @@ def materialize_split(
 
 # ---- Decoding ----
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000")  # the last two where Pillow was built with them
+TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))  # upright again, by EXIF's orientation
+MID_GREY = 128  # behind transparent pixels
+PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20  # of a text or profile; Pillow's own limit refuses pictures with long notes
+
 
 def decode_image(data: bytes | memoryview, size: int, max_pixels: int) -> np.ndarray:
     """Encoded image -> RGB uint8 [size, size, 3]; a picture that is not square is cropped to its centre. Raises ValueError.
 
+    Floats must be in 0..1, integers in 0..255 or 0..65535; transparent pixels lie on mid-grey; broken metadata is passed over.
     By Pillow: torchvision's decoder ends the process on a damaged PNG.
     """
     if not len(data):
         raise ValueError("no bytes")
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than data.max_image_pixels={max_pixels}")
-            if image.getexif().get(0x0112, 1) != 1:  # the camera was held sideways
-                image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bit grey, which convert() would clip
-                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            image.load()  # before the metadata, which for some formats stands behind the pixels
+            turn = None
+            with suppress(Exception):  # broken metadata is no fault of the pixels; a TIFF is turned already
+                turn = TURNS.get(image.getexif().get(0x0112))
+            image = image if turn is None else image.transpose(turn)
+            if image.mode[0] in "IF":  # 16 or 32 bits, which convert() would clip
+                wide, clear = np.asarray(image), image.info.get("transparency")
+                top = 1 if image.mode == "F" else 255 if image.mode == "I" and wide.max() <= 255 else 65535
+                if not (wide.min() >= 0 and wide.max() <= top):
+                    raise ValueError(f"values from {wide.min()} to {wide.max()}: floats must be in 0..1, integers in 0..65535")
+                image = Image.fromarray(np.where(wide == clear, MID_GREY, (wide * (255 / top)).round()).astype(np.uint8))
+            if image.has_transparency_data:  # the colour that is hidden under alpha 0 is nobody's
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, (MID_GREY, MID_GREY, MID_GREY, 255)), image)
             image = image if image.mode == "RGB" else image.convert("RGB")
             return np.asarray(image if image.size == (size, size) else ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
     except MemoryError:  # not the picture's fault

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import BROKEN, SIDE, encode
-from PIL import Image
+from PIL import Image, PngImagePlugin, features
 
 import dataio
 
@@ -30,6 +30,12 @@ def palette(size=(SIDE, SIDE)):
     return image
 
 
+def need_codec(kind):
+    codec = {"avif": "avif", "jpeg2000": "jpg_2000"}.get(kind)
+    if codec and not features.check(codec):
+        pytest.skip(f"Pillow without {kind}")
+
+
 def deep_grey(value, size=SIDE):
     return Image.fromarray(np.full((size, size), value, np.uint16))
 
@@ -40,7 +46,7 @@ def deep_grey(value, size=SIDE):
         (encode(plain("L", 99)), (99, 99, 99)),
         (encode(palette()), (10, 200, 30)),
         (encode(palette(), transparency=7), (10, 200, 30)),
-        (encode(palette(), transparency=bytes([255, 255, 255, 9])), (10, 200, 30)),
+        (encode(palette(), transparency=bytes([255, 255, 255, 9])), (124, 131, 125)),
         (encode(plain("RGB", (1, 2, 3))), (1, 2, 3)),
         (encode(plain("RGBA", (1, 2, 3, 255))), (1, 2, 3)),
         (encode(plain("LA", (77, 255))), (77, 77, 77)),
@@ -72,20 +78,162 @@ def test_a_square_png_of_the_right_size_is_decoded_bit_for_bit():
     assert (decode(pa.py_buffer(encode(pixels))) == pixels).all()
 
 
-@pytest.mark.parametrize("kind", ["jpeg", "png", "tiff", "webp"])
+@pytest.mark.parametrize("kind", ["jpeg", "png", "tiff", "webp", "avif"])
 @pytest.mark.parametrize(
     ("orientation", "corner"),
     [(1, (0, 0)), (2, (0, 1)), (3, (1, 1)), (4, (1, 0)), (5, (0, 0)), (6, (0, 1)), (7, (1, 1)), (8, (1, 0))],
 )
 def test_a_camera_held_sideways_is_turned_upright(kind, orientation, corner):
+    need_codec(kind)
     pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
     pixels[:8, :8] = 255  # white at the upper left of what is stored
+    assert brightest_corner(encode(pixels, kind, exif=turned_exif(orientation))) == corner
+
+
+def turned_exif(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    image = decode(encode(pixels, kind, exif=exif)).astype(int)
+    return exif
+
+
+def brightest_corner(data):
+    image = decode(data).astype(int)
     bright = {(y, x): image[8 * y : 8 * y + 8, 8 * x : 8 * x + 8].mean() for y in (0, 1) for x in (0, 1)}
-    assert max(bright, key=bright.get) == corner
+    corner = max(bright, key=bright.get)
     assert bright[corner] > 220
+    return corner
+
+
+def profile_text(text):
+    """A PNG, white at the upper left, with EXIF as ImageMagick writes it: as hexadecimal text."""
+    pixels, notes = np.zeros((SIDE, SIDE, 3), np.uint8), PngImagePlugin.PngInfo()
+    pixels[:8, :8] = 255
+    notes.add_text("Raw profile type exif", f"\nexif\n{len(text) // 2:8}\n{text}\n")
+    return encode(pixels, pnginfo=notes)
+
+
+def test_exif_as_text_turns_a_png_and_is_passed_over_where_it_is_no_hexadecimal():
+    assert brightest_corner(profile_text(turned_exif(6).tobytes().hex())) == (0, 1)
+    for text in ("no hexadecimal", "deadbeef", "", "4"):
+        assert brightest_corner(profile_text(text)) == (0, 0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+def test_exif_that_is_damaged_anywhere_never_costs_the_picture(kind):
+    pixels, whole = np.full((SIDE, SIDE, 3), 90, np.uint8), turned_exif(6)
+    whole[0x010F] = "a maker"
+    whole[0x011A] = 72.0
+    whole = whole.tobytes()
+    damaged = [whole[:end] for end in range(6, len(whole))]
+    damaged += [whole[:at] + bytes([value]) + whole[at + 1 :] for at in range(6, len(whole)) for value in (0, 255)]
+    for exif in (*damaged, b"Exif\0\0 no such thing", b"rubbish"):
+        assert np.abs(decode(encode(pixels, kind, exif=exif)).astype(int) - 90).max() <= 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_readable_orientation_turns_the_picture_though_the_rest_of_the_exif_is_broken():
+    exif = turned_exif(6)
+    exif[0x011A] = 72.0
+    raw = exif.tobytes()
+    raw = raw[:14] + b"\xff\xff" + raw[16:-8]  # 65,535 entries and no values
+    pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
+    pixels[:8, :8] = 255
+    for kind in ("jpeg", "png", "webp"):
+        assert brightest_corner(encode(pixels, kind, exif=raw)) == (0, 1)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff"])
+def test_a_colour_profile_that_is_rubbish_is_passed_over(kind):
+    assert np.abs(decode(encode(plain("RGB", (90, 90, 90)), kind, icc_profile=b"rubbish")).astype(int) - 90).max() <= 1
+
+
+def test_long_notes_do_not_cost_the_picture():
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("parameters", "x" * (2 << 20), zip=True)
+    data = encode(plain("RGB", (1, 2, 3)), pnginfo=notes, icc_profile=bytes(2 << 20))
+    assert (decode(data) == (1, 2, 3)).all()
+
+
+def clear(mode="RGBA"):
+    return plain(mode, (255, 0, 0, 0) if mode == "RGBA" else (250, 0))
+
+
+def clear_palette():
+    image = plain("PA", (3, 0))
+    image.putpalette([0, 0, 0] * 3 + [10, 200, 30] + [255] * 3 * 252)
+    return image
+
+
+TRANSPARENT = {
+    "png RGBA": lambda: encode(clear()),
+    "png LA": lambda: encode(clear("LA")),
+    "png RGB with a clear colour": lambda: encode(plain("RGB", (1, 2, 3)), transparency=(1, 2, 3)),
+    "png L with a clear value": lambda: encode(plain("L", 7), transparency=7),
+    "png of 16 bits with a clear value": lambda: encode(deep_grey(999), transparency=999),
+    "png of 1 bit with a clear value": lambda: encode(plain("1", 1), transparency=255),
+    "png P with a clear index": lambda: encode(palette(), transparency=3),
+    "png P with alphas": lambda: encode(palette(), transparency=bytes(4)),
+    "gif": lambda: encode(palette(), "gif", transparency=3),
+    "webp": lambda: encode(clear(), "webp", lossless=True, exact=True),
+    "tiff RGBA": lambda: encode(clear(), "tiff"),
+    "tiff LA": lambda: encode(clear("LA"), "tiff"),
+    "tiff PA": lambda: encode(clear_palette(), "tiff"),
+    "avif": lambda: encode(clear(), "avif"),
+    "jpeg2000": lambda: encode(clear(), "jpeg2000"),
+}
+
+
+@pytest.mark.parametrize("kind", TRANSPARENT)
+def test_what_is_transparent_shows_mid_grey_in_every_format(kind):
+    need_codec(kind)
+    assert (decode(TRANSPARENT[kind]()) == 128).all()
+
+
+def test_half_transparent_pixels_are_blended_before_the_picture_is_scaled():
+    assert np.abs(decode(encode(plain("RGBA", (255, 0, 0, 128)))).astype(int) - (192, 64, 64)).max() <= 1
+    pixels = np.zeros((2 * SIDE, 2 * SIDE, 4), np.uint8)
+    pixels[:, ::2] = (255, 255, 255, 0)  # hidden white between columns of solid grey
+    pixels[:, 1::2] = (128, 128, 128, 255)
+    assert (decode(encode(pixels)) == 128).all()
+
+
+NUMBERS = [
+    (np.float32, 0.0, 0), (np.float32, 0.5, 128), (np.float32, 1.0, 255),
+    (np.int32, 0, 0), (np.int32, 77, 77), (np.int32, 255, 255), (np.int32, 257 * 171, 171), (np.int32, 65535, 255),
+    (np.uint16, 257 * 171, 171), (">u2", 257 * 171, 171), (np.uint16, 65535, 255), (np.uint16, 257, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize(("kind", "value", "expected"), NUMBERS)
+def test_floats_and_wide_integers_keep_their_brightness(kind, value, expected, compression):
+    data = encode(np.full((SIDE, SIDE), value, kind), "tiff", compression=compression)
+    assert (decode(data) == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "high"),
+    [(np.float32, 0, 255), (np.float32, -0.5, 1), (np.float32, 0, np.nan), (np.int32, -1, 9), (np.int32, 0, 65536)],
+)
+def test_numbers_outside_the_ranges_are_refused_with_the_range_found(kind, low, high):
+    pixels = np.full((SIDE, SIDE), low, kind)
+    pixels[3, 4] = high
+    told = rf"values from {pixels.min()} to {pixels.max()}: floats must be in 0\.\.1, integers in 0\.\.65535"
+    with pytest.raises(ValueError, match=told):
+        decode(encode(pixels, "tiff"))
+
+
+@pytest.mark.parametrize("kind", ["avif", "jpeg2000"])
+def test_avif_and_jpeg_2000_are_decoded_where_pillow_has_them(kind):
+    need_codec(kind)
+    data = encode(plain("RGB", (200, 30, 60), (3000, 2000)), kind)
+    assert np.abs(decode(data, max_pixels=6_000_000).astype(int) - (200, 30, 60)).max() <= 3
+    with pytest.raises(ValueError, match="3000 x 2000 pixels are more than"):
+        decode(data)
+    for end in (8, 40, len(data) // 2):
+        with pytest.raises(ValueError, match=r".+"):
+            decode(data[:end], max_pixels=6_000_000)
 
 
 @pytest.mark.parametrize("kind", ["gif", "png", "webp"])
