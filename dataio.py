@@ -155,8 +155,7 @@ def parquet_below(folder: str) -> list[str]:
     """All parquet files below a folder, but not what is hidden, begins with `_`, or was written by `split`."""
     names = [name for name in glob.glob("**/*.parquet", root_dir=folder, recursive=True) if "/_" not in f"/{name}"]
     ours = tuple(name.removesuffix(SPLIT_TABLE) for name in names if name.endswith(f"/{SPLIT_TABLE}"))
-    paths = [os.path.join(folder, name) for name in names if not name.startswith(ours)]
-    return [path for path in paths if not os.path.isdir(path)]
+    return [path for n in names if not n.startswith(ours) and not os.path.isdir(path := os.path.join(folder, n))]
 
 
 def find_files(globs: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -503,9 +502,9 @@ def read_unit(index: RowIndex, unit: int, rows: np.ndarray, names: Sequence[str]
     (number, group), offset = index.units[unit].tolist(), 0
     path, schema = index.paths[number], pa.schema([SHARD_SCHEMA.field(name) for name in names])
     theirs = [column for name, column in zip(SHARD_SCHEMA.names, vars(index.columns).values(), strict=True) if name in names]
-    if not path.exists() or stamp(path) != index.stamps[number]:
-        raise ValueError(f"{path}: was replaced or removed since it was indexed; start again")
     with naming(f"{path} row group {group}"):
+        if not path.exists() or stamp(path) != index.stamps[number]:
+            raise ValueError(f"{path}: was replaced or removed since it was indexed; start again")
         parquet = open_parquet(path, index.files[number])
         for batch in parquet.iter_batches(batch_rows, row_groups=[group], columns=theirs, use_threads=False):
             inside = rows[(rows >= offset) & (rows < offset + len(batch))] - offset

@@ -853,9 +853,8 @@ def train(cfg: Config, folder: Path) -> float:
         streams = dataio.open_streams(rows, cfg.data, cfg.seed)
         schedule = dataio.Schedule(cfg.curriculum, list(map(len, streams)), cfg.train.batch_size, cfg.train.epochs)
         last_step = min(schedule.total_steps, cfg.train.max_steps or schedule.total_steps)
-        meta = {"table": rows.tables[0], "shards": rows.shards}
-        meta["sources"] = {source: index.fingerprint for source, index in rows.indices.items()}
-        meta["files"] = {source: dataio.mark_files(index) for source, index in rows.indices.items()}
+        marks = {source: dataio.mark_files(index) for source, index in rows.indices.items()}
+        meta = {"table": rows.tables[0], "shards": rows.shards, "files": marks}
         if saved:
             check_same_data(saved, meta, rows.tables, cfg, folder)
             training.load_state_dict(saved)
@@ -871,7 +870,7 @@ def train(cfg: Config, folder: Path) -> float:
         sources = dataio.cached(streams, cfg.data, device)
         meta |= {"precision": str(training.precision), **describe_machine(device)}
         write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg))))
-        start = {"from_step": training.step} | {key: value for key, value in meta.items() if key != "files"}  # those may be many
+        start = {"from_step": training.step, **meta, "files": {s: index.fingerprint for s, index in rows.indices.items()}}
         write_text(folder / "environment.json", json.dumps([*read_starts(folder), start], indent=1))
         run = Run(cfg, folder, training, dataio.CurriculumMixStream(*sources, *[None] * (2 - len(sources)), 0, schedule), meta)
         say_what_trains(run, sources, streams, rows)
