@@ -616,11 +616,9 @@ def check_vectors(embeddings: np.ndarray, place: str = "embeddings", foreign: bo
         if bad.any():
             raise ValueError(f"{place}: {bad.sum()} of {len(bad)} vectors {what}, first row {bad.argmax()}; {cure}")
     if foreign:
-        for part, its_length in zip(_parts(embeddings), _parts(length), strict=True):
-            part /= its_length[:, None]
+        embeddings /= length[:, None]
     if other.any():
-        told = "%s: %d of %d vectors are not of unit length, %.3g to %.3g: each is divided by its length"
-        log.info(told, place, other.sum(), len(other), length.min(), length.max())
+        log.info("%s: %d of %d vectors are not of unit length: each is divided by its length", place, other.sum(), len(other))
     if len(embeddings) > 1 and all((np.abs(part - embeddings[0]) < TIE).all() for part in _parts(embeddings)):
         raise ValueError(
             f"{place}: all {len(embeddings)} vectors are equal, so the encoder has collapsed; "

@@ -1180,9 +1180,11 @@ def count_leaks(data: dataio.VectorTable, drawn: moco.Enrolment) -> dict[str, in
     return leaks
 
 
-def measure_pairs(path: Path, data: dataio.VectorTable, fars: list[float]) -> dict:
-    """The figures of a pair protocol such as LFW's."""
-    a, b, same, fold = dataio.read_pairs(path, data)
+def measure_pairs(path: str | Path | None, data: dataio.VectorTable, fars: list[float]) -> dict:
+    """The figures of a pair protocol such as LFW's; none where there is no protocol."""
+    if not path:
+        return {}
+    a, b, same, fold = dataio.read_pairs(Path(path), data)
     try:
         return moco.pair_figures(np.einsum("nd,nd->n", data.vectors[a], data.vectors[b]), same, fold, fars)
     except ValueError as error:
@@ -1275,10 +1277,6 @@ def write_report(folder: Path, files: dict[str, Path], metrics: dict, table: str
 
 def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
     """Measure an embeddings file: figures to metrics.json, a table to the terminal, pictures and report.md to the run's folder."""
-
-    def of_pairs(data: dataio.VectorTable) -> dict:
-        return measure_pairs(Path(cfg.eval.pairs), data, cfg.eval.fars) if cfg.eval.pairs else {}
-
     if (folder / "config.yaml").exists():
         cfg = settings_of(read_saved_settings(folder / "config.yaml"), cfg, typed)
     files, asked_for = files_of_evaluation(cfg, folder), cfg.eval.embeddings or embedded_file(cfg)
@@ -1292,7 +1290,7 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
     metrics, ours = moco.evaluate(data, cfg.eval, device)
     metrics |= {
         "identities_asked": asked, "embeddings": str(path), "made_from": data.note, "leaks": count_leaks(data, ours.drawn),
-        "pair_protocol": of_pairs(data),
+        "pair_protocol": measure_pairs(cfg.eval.pairs, data, cfg.eval.fars),
     }  # fmt: skip
     if metrics["gallery"] <= max(cfg.eval.top_k):
         log.warning("only %d identities are enrolled: Rank-%d is always 1", metrics["gallery"], max(cfg.eval.top_k))
@@ -1300,7 +1298,7 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
     for name in REFERENCES:
         if reference := read_reference(path, name, data):
             measured[name] = moco.measure(reference, cfg.eval, device)
-            metrics[name] = measured[name].figures() | {"pair_protocol": of_pairs(reference)}
+            metrics[name] = measured[name].figures() | {"pair_protocol": measure_pairs(cfg.eval.pairs, reference, cfg.eval.fars)}
     ranks = {"identity_id": data.names[ours.drawn.probes], "picture": data.keys[ours.drawn.probes], "rank": ours.found.rank}
     ranks = pa.table(ranks)
     with write_whole(files["ranks"]) as temporary:  # ranks beyond this one are not told apart
@@ -1349,7 +1347,7 @@ def report(cfg: Config, pattern: str) -> None:
     varied = sorted(
         key for key in settings[0] if key not in ("run", "run_dir", "command") and len({str(s.get(key)) for s in settings}) > 1
     )
-    files = [files_of_evaluation(cfg, run)["metrics"] for run in runs]
+    files = (files_of_evaluation(cfg, run)["metrics"] for run in runs)
     metrics = [json.loads(file.read_text()) if file.exists() else {} for file in files]
     rows = []
     for run, setting, figures in zip(runs, settings, metrics, strict=True):
