@@ -22,9 +22,11 @@ import re
 import shutil
 import socket
 import sys
+import tempfile
 import threading
+import urllib.parse
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -49,7 +51,9 @@ LANES = 8  # places of the files that are read side by side; fixed, so that the 
 PREFETCH = 4  # batches that are decoded ahead
 READ_AHEAD = 1024  # images whose row groups are requested before they are due
 TASK_IMAGES = 32  # that a thread decodes at a time: some 10 ms
+MARKED_FILES = 16  # of a source, whose first pictures a run notes: one page of each, which may be 20 MB
 CACHE_CHUNK = 4096  # images of a decoded cache that share a checksum
+SPLIT_TABLE = "identity_splits.parquet"
 METADATA_KEY = b"sniperface"  # our entry in the schema metadata of the files we write
 
 # ---- Files ----
@@ -137,14 +141,35 @@ def need_space(folder: Path, need_bytes: int, what: str) -> None:
         )
 
 
+def need_writable(folder: Path) -> None:
+    """Raise OSError, with the settings that help, unless files can be written in `folder`, which is made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        cure = "choose folders where you can write: split.out_dir=runs/splits data.cache_dir=runs/cache"
+        raise OSError(f"{folder}: cannot be written to ({error.strerror}); {cure}") from error
+
+
+def parquet_below(folder: str) -> list[str]:
+    """All parquet files below a folder, but not what is hidden, begins with `_`, or was written by `split`."""
+    names = [name for name in glob.glob("**/*.parquet", root_dir=folder, recursive=True) if "/_" not in f"/{name}"]
+    ours = tuple(name.removesuffix(SPLIT_TABLE) for name in names if name.endswith(f"/{SPLIT_TABLE}"))
+    return [path for n in names if not n.startswith(ours) and not os.path.isdir(path := os.path.join(folder, n))]
+
+
 def find_files(globs: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Files that match any of `globs`, sorted by name. Raises FileNotFoundError for a pattern without a match."""
+    """Files that match any of `globs`, or lie below a folder that does, sorted by name. Raises FileNotFoundError for none."""
     found: list[Path] = []
     for pattern in map(str, [globs] if isinstance(globs, str | Path) else globs):
-        matches = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)  # a name may hold [ ]
+        matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)  # a name may hold [ ]
         if not matches:
             raise FileNotFoundError(f"no file matches {pattern!r} (looked from {Path.cwd()})")
-        found += [Path(m) for m in matches]
+        for match in matches:
+            files = parquet_below(match) if os.path.isdir(match) else [match]
+            if not files:
+                raise FileNotFoundError(f"{match}: a folder without a .parquet file; give one that holds some")
+            found += map(Path, files)
     return sorted({os.path.abspath(path): path for path in found}.values(), key=lambda path: (path.name, str(path)))
 
 
@@ -186,7 +211,7 @@ def naming(place: object) -> Iterator[None]:
     """Turn what reading a damaged file raises into a ValueError that names its place."""
     try:
         yield
-    except (OSError, OverflowError, pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError, StopIteration) as error:
+    except (OSError, OverflowError, KeyError, pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError, StopIteration) as error:
         raise ValueError(f"{place}: damaged, or no such file ({first_line(error)}); fetch it again or leave it out") from error
 
 
@@ -198,13 +223,26 @@ def open_parquet(path: Path, metadata: pq.FileMetaData | None = None) -> pq.Parq
         return parquet
 
 
+def as_columns(table: pa.Table, path: Path) -> pa.Table:
+    """`table` of the file `path` with the fields of its structs as columns `struct.field`, and with those that its folders give.
+
+    Below `identity_id=7/` that is the string "7", where the file has no such column.
+    """
+    for part in path.absolute().parent.parts:
+        name, equals, value = map(urllib.parse.unquote, part.partition("="))
+        if equals and name not in table.column_names:
+            value = pa.scalar(None if value == "__HIVE_DEFAULT_PARTITION__" else value, pa.string())
+            table = table.append_column(name, pa.repeat(value, len(table)))
+    return table.flatten()
+
+
 def check_contract(path: Path, schema: pa.Schema, asked: Columns) -> Columns:
     """The three columns by their names in this file: where it lacks ours, HuggingFace's, and "" where pictures have no names.
 
     Raises ValueError where there are none, or of types that cannot hold an identity, a name and an image.
     """
     with naming(path):
-        schema, t = schema.empty_table().flatten().schema, pa.types  # a field of a struct is called struct.field
+        t, schema = pa.types, as_columns(schema.empty_table(), path).schema
     columns, there = replace(asked), set(schema.names)
     for key, theirs in vars(HUGGINGFACE).items() if HUGGINGFACE.image in there else ():
         if getattr(asked, key) == getattr(COLUMNS, key) not in there and theirs in there:
@@ -235,7 +273,7 @@ def read_strings(parquet: pq.ParquetFile, path: Path, name: str) -> pa.Array:
     Raises ValueError for nulls and for what is damaged.
     """
     with naming(path):
-        column = parquet.read(columns=[name], use_threads=False).flatten().column(0)
+        column = as_columns(parquet.read(columns=[name], use_threads=False), path)[name]
         column.validate(full=True)  # a string that is not valid UTF-8
         strings = pc.cast(column, pa.large_string()).combine_chunks()
     if column.null_count:
@@ -300,7 +338,7 @@ class SplitConfig:
 
     @property
     def table(self) -> Path:
-        return Path(self.out_dir) / "identity_splits.parquet"
+        return Path(self.out_dir) / SPLIT_TABLE
 
 
 class Splits(NamedTuple):
@@ -356,7 +394,7 @@ def read_identity_splits(path: str | Path) -> Splits:
     if any(found.count(name) != 1 for name in ("identity_id", "split")):
         raise ValueError(f"{path}: not a split table, its columns are {found}; expected identity_id and split")
     names, sides = (read_strings(parquet, Path(path), name).to_pylist() for name in ("identity_id", "split"))
-    if len(set(names)) < len(names) or not set(sides) <= {"train", "val", "test"}:
+    if len(sides) != len(names) or len(set(names)) < len(names) or not set(sides) <= {"train", "val", "test"}:
         raise ValueError(f"{path}: a split table has each identity once, as train, val or test; delete it and run command=split")
     pairs = sorted(zip(names, sides, strict=True))
     identities = {side: [name for name, its in pairs if its == side] for side in ("train", "val", "test")}
@@ -378,6 +416,7 @@ def write_identity_splits(
             f"{len(sides)} identities split into {counts}: both train and test need at least one; give more data "
             f"or another split.train_ratio"
         )
+    need_writable(Path(out_path).parent)
     note = {"seed": seed, "train_ratio": train_ratio, "validation_ratio": validation_ratio, "counts": counts, "extends": [*extends]}
     table = pa.table({"identity_id": list(sides), "split": list(sides.values())})
     with write_whole(Path(out_path)) as temporary:
@@ -401,10 +440,15 @@ class RowIndex:
     unit: np.ndarray  # int32 [N]: unit of each allowed row, ascending
     row: np.ndarray  # int32 [N]: row inside the unit
     place_in_file: np.ndarray  # int32 [N]: row inside the file
-    fingerprint: str  # of the files' rows and of which are allowed; the folder does not count
+    marks: list[dict]  # of each file its name, and what tells whether it is still the same and what of it changed
 
     def __len__(self) -> int:
         return len(self.unit)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the files' rows and of which are allowed; neither their names nor their folder count."""
+        return digest(*([value for key, value in mark.items() if key != "name"] for mark in self.marks))
 
     def place(self, i: int) -> tuple[Path, int]:
         """Path of the file and row in it, counted from 0, of row `i` of the index."""
@@ -427,9 +471,9 @@ def image_chunk(group: pq.RowGroupMetaData, columns: Columns) -> pq.ColumnChunkM
     return next(chunk for chunk in map(group.column, range(group.num_columns)) if chunk.path_in_schema == columns.image)
 
 
-def mark_pictures(path: Path, metadata: pq.FileMetaData, columns: Columns) -> list[tuple[int, int]]:
-    """Of each row group its size and a checksum of both ends of its pictures, 4 kB each: they change when the pictures do."""
-    marks = []
+def mark_stored(path: Path, metadata: pq.FileMetaData, columns: Columns) -> dict[str, str]:
+    """How the pictures are compressed, and a digest of each row group's size and of both ends of its pictures, 4 kB each."""
+    marks, kinds = [], set()
     with naming(path), open(path, "rb") as file:
         for group in map(metadata.row_group, range(metadata.num_row_groups)):
             chunk = image_chunk(group, columns)
@@ -437,7 +481,8 @@ def mark_pictures(path: Path, metadata: pq.FileMetaData, columns: Columns) -> li
             places = (start, max(start, start + chunk.total_compressed_size - 4096))
             ends = b"".join(os.pread(file.fileno(), 4096, place) for place in places)
             marks.append((group.total_byte_size, zlib.crc32(ends)))
-    return marks
+            kinds.add(chunk.compression)
+    return {"compression": " ".join(sorted(kinds)), "bytes": digest(*marks)}
 
 
 def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | None, columns: Columns = COLUMNS) -> RowIndex:
@@ -446,7 +491,7 @@ def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | 
     Raises ValueError if there is none.
     """
     paths, files, marks, parts, found = find_files(globs), [], [], [], []
-    stamps = [stamp(path) for path in paths]
+    stamps, root = [stamp(path) for path in paths], os.path.commonpath([path.absolute().parent for path in paths])
     allowed = None if allowed_identities is None else pa.array([*map(str, allowed_identities)], pa.large_string())
     for number, (path, stamped) in enumerate(zip(paths, stamps, strict=True)):
         metadata, identities, theirs = scan_identities(path, stamped, columns)
@@ -459,8 +504,9 @@ def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | 
         place = np.flatnonzero(mask).astype(np.int32)
         group = np.searchsorted(before, place, side="right") - 1
         parts.append(np.stack([np.full(len(place), number), group, place - before[group], place]).astype(np.int32))
-        people = zlib.crc32("\n".join(identities.to_pylist()).encode())
-        marks.append((path.name, people, zlib.crc32(place), *mark_pictures(path, metadata, theirs)))
+        people = digest(zlib.crc32("\n".join(identities.to_pylist()).encode()), zlib.crc32(place))
+        mark = {"name": os.path.relpath(path, root), "rows": len(identities), "row groups": digest(*sizes), "people": people}
+        marks.append(mark | mark_stored(path, metadata, theirs))
         files.append(metadata)
         found.append(theirs)
     file, group, row, place = np.concatenate(parts, axis=1)
@@ -471,7 +517,7 @@ def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | 
     starts = np.flatnonzero((np.diff(file, prepend=-1) != 0) | (np.diff(group, prepend=-1) != 0))  # first row of each unit
     unit = np.repeat(np.arange(len(starts), dtype=np.int32), np.diff(starts, append=len(row)))
     units, starts = np.stack([file, group], axis=1)[starts], np.append(starts, len(row))
-    return RowIndex(files, paths, stamps, found, units, starts, unit, row, place, digest(*marks))
+    return RowIndex(files, paths, stamps, found, units, starts, unit, row, place, marks)
 
 
 SHARD_SCHEMA = pa.schema([("identity_id", pa.string()), ("image_filename", pa.string()), ("image_bytes", pa.binary())])
@@ -488,23 +534,22 @@ def read_unit(index: RowIndex, unit: int, rows: np.ndarray, names: Sequence[str]
     columns, first = index.columns[number], index.starts[unit]
     theirs = [column for name, column in zip(SHARD_SCHEMA.names, vars(columns).values(), strict=True) if name in names]
     before = int(index.place_in_file[first] - index.row[first])  # rows of the file before this row group
-    if not path.exists() or stamp(path) != index.stamps[number]:
-        raise ValueError(f"{path}: was replaced or removed since it was indexed; start again")
     with naming(f"{path} row group {group}"):
+        if not path.exists() or stamp(path) != index.stamps[number]:
+            raise ValueError(f"{path}: was replaced or removed since it was indexed; start again")
         parquet = open_parquet(path, index.files[number])
         for batch in parquet.iter_batches(batch_rows, row_groups=[group], columns=theirs, use_threads=False):
             inside = rows[(rows >= offset) & (rows < offset + len(batch))] - offset
             place, offset = before + offset, offset + len(batch)
             if len(inside):
-                table = pa.Table.from_batches([batch]).flatten().append_column("", pa.nulls(len(batch)))
+                table = as_columns(pa.Table.from_batches([batch]), path).append_column("", pa.nulls(len(batch)))
                 table = table.select(theirs).rename_columns(names)
                 if "identity_id" in names:
                     people = scan_identities(path, index.stamps[number], columns)[1].slice(place, len(batch))
                     table = table.set_column(names.index("identity_id"), "identity_id", people.dictionary_decode())
                 table = table.cast(schema)
                 if "image_filename" in names and table["image_filename"].null_count:
-                    home = os.path.commonpath([os.path.abspath(p.parent) for p in index.paths])
-                    stem, _ = os.path.splitext(os.path.relpath(path, home))
+                    stem, _ = os.path.splitext(index.marks[number]["name"])
                     made = pa.array([f"{stem}/{row}" for row in range(place, place + len(batch))])
                     made = pc.coalesce(table["image_filename"], made)
                     table = table.set_column(names.index("image_filename"), "image_filename", made)
@@ -522,6 +567,41 @@ def read_rows(index: RowIndex, places: np.ndarray | None = None) -> Iterator[pa.
     for unit in np.unique(index.unit[places]).tolist():
         rows = index.row[places[slice(*np.searchsorted(places, index.starts[unit : unit + 2]))]]
         yield from read_unit(index, unit, rows, SHARD_SCHEMA.names, ROW_GROUP_ROWS)
+
+
+def mark_files(index: RowIndex) -> list[dict]:
+    """The marks of the files, with a checksum of the first pictures of MARKED_FILES of them, however they are compressed."""
+    marks, file = [mark | {"pictures": None} for mark in index.marks], index.units[index.unit, 0]
+    for number in range(0, len(marks), -(-len(marks) // MARKED_FILES)):
+        tables = read_rows(index, np.flatnonzero(file == number)[:16])
+        marks[number]["pictures"] = digest(*(data.as_py() for table in tables for data in table["image_bytes"]))
+    return marks
+
+
+def changed_files(saved: list[dict], found: list[dict], plain: bool) -> list[str]:
+    """What of a source's files changed since they were marked, in words; names and compression may, if all rows keep their place.
+
+    plain: they are streamed plainly, in an order that depends on the row groups.
+    """
+
+    def changes(old: dict, new: dict) -> list[str]:
+        kinds = ["rows", "people", "pictures", *["row groups"] * plain]
+        told = [kind for kind in kinds if old[kind] != new[kind] and None not in (old[kind], new[kind])]
+        stored_anew = old["bytes"] != new["bytes"] and old["compression"] == new["compression"]
+        return told or ["bytes (equally compressed, so maybe other pictures)"] * stored_anew
+
+    if len(saved) == len(found) and not any(itertools.starmap(changes, zip(saved, found, strict=True))):
+        return []
+    told, named = [], {mark["name"]: mark for mark in found}
+    new, alike = named.copy(), {(mark["rows"], mark["people"]): mark for mark in found}
+    for old in saved:
+        if now := named.get(old["name"]) or alike.get((old["rows"], old["people"])):
+            new.pop(now["name"], None)
+            what = [f"name ({now['name']})"] * (now["name"] != old["name"]) + changes(old, now)
+            told += [f"{old['name']} differs in {', '.join(what)}"] * bool(what)
+        else:
+            told.append(f"{old['name']} is gone")
+    return told + [f"{name} is new" for name in new]
 
 
 def regroup(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
@@ -759,6 +839,7 @@ def materialize_split(
     names = [f"{out_dir.name}_{shard:05d}.parquet" for shard in range(-(-len(index) // rows))]
     note = {"split": split_name, "table": splits.hash, "source": index.fingerprint, "rows": len(index), "shards": len(names)}
     note["shard_rows"] = rows
+    need_writable(out_dir.parent)
     with locked(out_dir.with_name(f".{out_dir.name}.lock"), wait=True):
         if not out_dir.exists() or not all((out_dir / n).exists() and read_metadata(out_dir / n) == note for n in names):
             write_side(index, out_dir, names, note)
@@ -889,6 +970,36 @@ def count_pictures(rows: Rows, hashes: set[int]) -> int:
     return len(found)
 
 
+def read_names(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Identity and key (source and file name) of each row, as a table of vectors of them has them; str [N] each."""
+    names, keys = [], []
+    for source, index in rows.indices.items():
+        for unit in range(len(index.units)):
+            wanted = index.row[index.starts[unit] : index.starts[unit + 1]]
+            for table in read_unit(index, unit, wanted, SHARD_SCHEMA.names[:2], ROW_GROUP_ROWS):
+                names += table["identity_id"].to_pylist()
+                keys += [f"{source}/{name}" for name in table["image_filename"].to_pylist()]
+    return np.array(names, str), np.array(keys, str)
+
+
+def sample_pictures(rows: Rows, cfg: DataConfig, count: int = 64) -> dict:
+    """What some pictures of each source are, evenly over its rows: formats, sizes, and file, row and reason of broken ones."""
+    found: dict = {"decoded": 0, "formats": {}, "sizes": {}, "broken": []}
+    for index in rows.indices.values():
+        places = np.unique(np.linspace(0, len(index) - 1, count).astype(int))
+        for place, data in zip(places.tolist(), (data for t in read_rows(index, places) for data in t["image_bytes"]), strict=True):
+            try:
+                decode_image(data.as_buffer() if data.is_valid else b"", cfg.image_size, cfg.max_image_pixels)
+                with Image.open(io.BytesIO(data.as_buffer())) as image:
+                    for what, kind in (("formats", image.format), ("sizes", f"{image.width} x {image.height}")):
+                        found[what][kind] = found[what].get(kind, 0) + 1
+                found["decoded"] += 1
+            except ValueError as error:
+                path, row = index.place(place)
+                found["broken"].append(f"{path} row {row}: {error}")
+    return found
+
+
 def find_pictures(rows: Rows, wanted: set[tuple[str, str, str]], cfg: DataConfig) -> dict[tuple[str, str, str], np.ndarray]:
     """Decode those pictures (source, file name, identity) of `rows` that are wanted, uint8 [S, S, 3] each."""
     found, people = {}, [identity for _, _, identity in wanted]
@@ -1017,10 +1128,6 @@ class ParquetImageStream(Passes):
         self.loaded: dict[tuple[int, int], Future] = {}  # encoded rows by (pass, unit), until their last use
         self.plan = functools.lru_cache(maxsize=2)(self.plan)
 
-    @property
-    def fingerprint(self) -> str:
-        return digest(self.order_kind, self.index.fingerprint, self.shuffle_files, self.shuffle_buffer)
-
     def plan(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Of pass `number`: the rows of the index in its order [N], and the place in it where each unit is needed last [U]."""
         rng = np.random.default_rng(draw_seed(self.seed, "order", number))
@@ -1148,6 +1255,7 @@ def open_cache(stream: ParquetImageStream, folder: Path, workers: int | None) ->
     shape = (len(stream), size, size, 3)
     name = f"{digest(stream.index.fingerprint, size, stream.max_pixels, len(stream))}.u8"
     final, part, note_path = folder / name, folder / f"{name}.part", folder / f"{name}.json"
+    need_writable(folder)
     with locked(folder / f".{name}.lock", wait=True):
         if not final.exists():
             build_cache(stream, part, note_path, shape, workers)
@@ -1180,16 +1288,11 @@ class DecodedCache(Passes):
         self, stream: ParquetImageStream, folder: str | Path, workers: int | None = None, device: torch.device | None = None
     ):
         self.index, self.seed, self.image_size, self.bad = stream.index, stream.seed, stream.image_size, stream.bad
-        self.fingerprint, self.on_device = self.fingerprint_of(stream), device is not None
+        self.on_device = device is not None
         self.images: np.ndarray | Tensor = open_cache(stream, Path(folder), workers)
         self.order = functools.lru_cache(maxsize=2)(self.order)  # of this pass and the next
         if device is not None:
             self.images = copy_to_device(self.images, device)
-
-    @classmethod
-    def fingerprint_of(cls, stream: ParquetImageStream) -> str:
-        """What `fingerprint` will be, before the cache is made."""
-        return digest(cls.order_kind, stream.index.fingerprint)
 
     def order(self, number: int) -> np.ndarray:
         return np.random.default_rng(draw_seed(self.seed, "order", number)).permutation(len(self))
@@ -1236,11 +1339,6 @@ def open_streams(rows: Rows, cfg: DataConfig, seed: int) -> list[ParquetImageStr
         )
         for source, index in rows.indices.items()
     ]  # fmt: skip
-
-
-def describe_order(streams: list[ParquetImageStream], cfg: DataConfig) -> list[str]:
-    """Fingerprints of which images each source has and of how they are drawn; known before a cache is made."""
-    return [stream.fingerprint if cfg.cache == "none" else DecodedCache.fingerprint_of(stream) for stream in streams]
 
 
 def cached(streams: list[ParquetImageStream], cfg: DataConfig, device: torch.device) -> list[Passes]:
@@ -1456,7 +1554,8 @@ def blur(x: Tensor, sigma_px: Tensor, _: Tensor) -> Tensor:
     """Gaussian blur with a sigma [n] each; near the border of the pixels that there are."""
     pixel = torch.arange(x.shape[-1])
     distance = (pixel[:, None] - pixel) / sigma_px[:, None, None]  # [n, S, S]
-    return on_axes(x, torch.softmax(-0.5 * distance**2, dim=2))
+    exponent = (-0.5 * distance**2).masked_fill(distance.abs() > 4, -math.inf)  # else denormal numbers, which are slow
+    return on_axes(x, torch.softmax(exponent, dim=2))
 
 
 def sharpen(x: Tensor, factor: Tensor, _: Tensor) -> Tensor:
@@ -1603,18 +1702,21 @@ class VectorWriter:
 
 def read_embedding_column(path: Path, parquet: pq.ParquetFile, count: int) -> np.ndarray:
     """The column `embedding` as float32 [count, D], a row group at a time: what is held twice is one row group."""
-    vectors, done, size = np.empty((0, 1), np.float32), 0, parquet.schema_arrow.field("embedding").type.list_size
+    vectors, done = np.empty((0, 1), np.float32), 0
     for group in range(parquet.num_row_groups):
         with naming(path):
             column = parquet.read_row_group(group, columns=["embedding"])["embedding"].combine_chunks()
-        flat = column.flatten()
+        flat, widths = column.flatten(), pc.unique(pc.list_value_length(column)).to_pylist()
         if column.null_count or flat.null_count:
             raise ValueError(f"{path}: {max(column.null_count, 1)} rows have no embedding; write it again with command=embed")
-        rows = flat.to_numpy(zero_copy_only=True).reshape(-1, size)
-        if len(rows):  # only now is it known that rows are so long
-            vectors = vectors if done else np.empty((count, size), np.float32)
-            vectors[done : done + len(rows)] = rows[: max(0, count - done)]
-        done += len(rows)
+        if len(column):  # only now is it known that rows are so long
+            vectors = vectors if done else np.empty((count, widths[0]), np.float32)
+            if {*widths} != {vectors.shape[1]} or widths == [0]:
+                raise ValueError(f"{path}: embeddings of {sorted({*widths, vectors.shape[1]})} numbers; all need one width above 0")
+            rows = flat.to_numpy(zero_copy_only=False).reshape(len(column), -1)
+            with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite, and is refused as that
+                vectors[done : done + len(rows)] = rows[: max(0, count - done)]
+        done += len(column)
     if done != count:
         raise ValueError(f"{path}: damaged ({done} vectors for {count} names); write it again with command=embed")
     return vectors
@@ -1625,11 +1727,10 @@ def read_vectors(path: Path) -> VectorTable:
     parquet = open_parquet(path)
     found, last_words = parquet.schema_arrow.names, parquet.metadata.metadata or {}
     wrong = len(set(found)) < len(found) or not {"identity_id", "image_filename", "embedding"} <= set(found)
-    kind = None if wrong else parquet.schema_arrow.field("embedding").type
-    if wrong or not pa.types.is_fixed_size_list(kind) or kind.value_type != pa.float32() or not kind.list_size:
-        raise ValueError(
-            f"{path}: needs identity_id, image_filename and embedding fixed_size_list<float32>, found {found} ({kind})"
-        )
+    kind, t = None if wrong else parquet.schema_arrow.field("embedding").type, pa.types
+    is_list = kind and any(test(kind) for test in (t.is_fixed_size_list, t.is_list, t.is_large_list))
+    if not is_list or not t.is_floating(kind.value_type):
+        raise ValueError(f"{path}: needs identity_id, image_filename and embedding, a list of floats; found {found} ({kind})")
     names, files = (np.array(read_strings(parquet, path, name).to_pylist(), str) for name in ("identity_id", "image_filename"))
     sources = np.full(len(names), "file")
     if "source" in found:
@@ -1651,11 +1752,14 @@ def read_vectors(path: Path) -> VectorTable:
 def read_pairs(path: Path, data: VectorTable) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Read a protocol of pairs such as LFW's: `fold`, `image_filename_a`, `image_filename_b`, `same`.
 
-    Gives [N] each: the rows of both sides in `data`, whether they are the same person, and the fold. Raises ValueError for a file
-    that is not such a protocol, and for pictures without a vector.
+    Where file names repeat between people it needs `identity_id_a` and `identity_id_b` as well. Gives [N] each: the rows of both
+    sides in `data`, whether they are the same person, and the fold. Raises ValueError for a file that is not such a protocol, and
+    for pictures without a vector.
     """
-    wanted = ["fold", "image_filename_a", "image_filename_b", "same"]
     parquet, t = open_parquet(path), pa.types
+    by_person = any(name in ("identity_id_a", "identity_id_b") for name in parquet.schema_arrow.names)
+    picture = ["identity_id", "image_filename"] if by_person else ["image_filename"]
+    wanted = ["fold", "same", *(f"{name}_{side}" for side in "ab" for name in picture)]
     kinds = {name: parquet.schema_arrow.field(name).type for name in wanted if parquet.schema_arrow.names.count(name) == 1}
     fits = {"fold": t.is_integer, "same": lambda kind: t.is_boolean(kind) or t.is_integer(kind)}
     wrong = [name for name in wanted if name not in kinds or not fits.get(name, lambda kind: True)(kinds[name])]
@@ -1666,12 +1770,17 @@ def read_pairs(path: Path, data: VectorTable) -> tuple[np.ndarray, np.ndarray, n
     empty = [name for name in wanted if table[name].null_count]
     if empty or not set(table["same"].unique().to_pylist()) <= {0, 1}:
         raise ValueError(f"{path}: no value may be missing (look at {empty}) and same must be 0 or 1")
-    row_of = dict(zip(data.files.tolist(), range(len(data.files)), strict=True))
-    sides = [table[f"image_filename_{side}"].to_pylist() for side in "ab"]
-    unknown = {name for side in sides for name in side if name not in row_of}
-    if unknown or len(row_of) < len(data.files):
-        missing = f"{len(unknown)} of its pictures, such as {sorted(unknown)[:1]}, have no embedding"
-        what = missing if unknown else "file names stand twice in the embeddings"
-        raise ValueError(f"{path}: {what}; embed the benchmark's own pictures by embed.test_glob")
+    held = list(zip(*([data.names.tolist()] if by_person else []), data.files.tolist(), strict=True))
+    sides = [list(zip(*(read_strings(parquet, path, f"{n}_{side}").to_pylist() for n in picture), strict=True)) for side in "ab"]
+    row_of, times = dict(zip(held, range(len(held)), strict=True)), Counter(held)
+    for what, bad in (("no embedding", lambda n: n == 0), ("more than one embedding", lambda n: n > 1)):
+        if found := {name for side in sides for name in side if bad(times[name])}:
+            cure = "embed the benchmark's own pictures by embed.test_glob"
+            if not by_person and len(row_of) < len(held):
+                cure = "file names repeat between people there: add columns identity_id_a and identity_id_b"
+            raise ValueError(f"{path}: {len(found)} of its pictures, such as {'/'.join(min(found))!r}, have {what}; {cure}")
     a, b = (np.array([row_of[name] for name in side], np.int64) for side in sides)
-    return a, b, table["same"].to_numpy().astype(bool), table["fold"].to_numpy()
+    same = table["same"].to_numpy().astype(bool)
+    if by_person and len(wrong := np.flatnonzero((data.names[a] == data.names[b]) != same)):
+        raise ValueError(f"{path}: same contradicts the identities in {len(wrong)} rows, first row {wrong[0]}; correct one of them")
+    return a, b, same, table["fold"].to_numpy()

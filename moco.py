@@ -519,6 +519,21 @@ class Training:
         return round(float(F.cross_entropy(q @ k.T / model.loss.temperature, torch.arange(len(q), device=q.device))), 6)
 
 
+def compare_steps(one: Training, other: Training, view_q: Tensor, view_k: Tensor, seed: int) -> dict[str, float]:
+    """How far apart the same step comes out of two states, on two devices maybe: loss and gradient norm relative, keys absolute."""
+    found = []
+    for training in (one, other):
+        generator = torch.Generator().manual_seed(seed)
+        views = (view.to(training.device, memory_format=torch.channels_last) for view in (view_q, view_k))
+        out, norm = training.take_step(*views, lr=0.01, key_momentum=0.99, generator=generator)
+        found.append((float(out.loss.detach()), float(norm), out.keys.cpu()))
+    (loss, norm, keys), (other_loss, other_norm, other_keys) = found
+    return {
+        "loss": abs(loss - other_loss) / abs(loss), "grad_norm": abs(norm - other_norm) / norm,
+        "keys": float((keys - other_keys).abs().max()),
+    }  # fmt: skip
+
+
 def signs_of_failure(entry: dict, untrained: float, cfg: TrainConfig, warmed_up: bool) -> dict[str, str]:
     """What a line of the log says of a run that will come to nothing: {cause: what was found and what to look at}.
 
@@ -582,20 +597,28 @@ def _parts(rows: np.ndarray, size: int = 2**15) -> Iterator[np.ndarray]:
     return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
-def check_vectors(embeddings: np.ndarray, place: str = "embeddings") -> None:
-    """Refuse float vectors [N, D] that would make every figure wrong: none, NaN or infinite, not of unit length, all equal.
+def check_vectors(embeddings: np.ndarray, place: str = "embeddings", foreign: bool = False) -> None:
+    """Refuse float vectors [N, D] that would make every figure wrong: none, NaN or infinite, of no or another length, all equal.
 
-    Raises ValueError that says how many rows, which is the first, and what to do. Length may differ from 1 by 1e-3.
+    Those of a foreign program may have any length: they are brought to length 1 in place, and a line says so. Raises ValueError
+    that says how many rows, which is the first, and what to do. Our own length may differ from 1 by 1e-3.
     """
     if embeddings.ndim != 2 or not embeddings.size:
         raise ValueError(f"{place}: expected vectors [N, D], found shape {embeddings.shape}; write them with command=embed")
-    squared = np.concatenate([np.einsum("nd,nd->n", part, part) for part in _parts(embeddings)])  # [N], NaN stays NaN
+    squared = [np.einsum("nd,nd->n", part, part, dtype=np.float64) for part in _parts(embeddings)]
+    length = np.sqrt(np.concatenate(squared))  # [N], NaN stays NaN
+    other = np.abs(length - 1) > 1e-3
     for bad, what, cure in (
-        (~np.isfinite(squared), "hold NaN or infinity", "find the step where it began in the training log, embed an earlier one"),
-        (np.abs(np.sqrt(squared) - 1) > 1e-3, "are not of unit length", "divide each row by its L2 norm before writing the file"),
+        (~np.isfinite(length), "hold NaN or infinity", "leave these rows out, or embed an earlier checkpoint"),
+        (length == 0, "are zero", "leave these rows out, or write them again"),
+        (other & (not foreign), "are not of unit length", "the file is damaged: write it again with command=embed"),
     ):
         if bad.any():
             raise ValueError(f"{place}: {bad.sum()} of {len(bad)} vectors {what}, first row {bad.argmax()}; {cure}")
+    if foreign:
+        embeddings /= length[:, None]
+    if other.any():
+        log.info("%s: %d of %d vectors are not of unit length: each is divided by its length", place, other.sum(), len(other))
     if len(embeddings) > 1 and all((np.abs(part - embeddings[0]) < TIE).all() for part in _parts(embeddings)):
         raise ValueError(
             f"{place}: all {len(embeddings)} vectors are equal, so the encoder has collapsed; "
@@ -825,13 +848,16 @@ def equal_error(genuine: np.ndarray, impostors: np.ndarray) -> tuple[float, int,
 def verification(genuine: np.ndarray, impostors: np.ndarray, fars: list[float]) -> tuple[Columns, dict[float, float | None]]:
     """TAR at each supported FAR, equal error rate and AUC from all genuine scores [N] and the table of impostor counts.
 
-    Returns columns tar@<far>, auc, eer, and the threshold of each FAR, None where it is refused. Exact for scores on the grid;
-    ties count half in the AUC. The impostors, and so the thresholds, are held fixed: intervals are those of the genuine side.
+    Returns columns tar@<far>, auc, eer, and the threshold of each FAR, None where it is refused; of fewer than MIN_ERRORS impostors
+    there is no column. Exact for scores on the grid; ties count half in the AUC. The impostors, and so the thresholds, are held
+    fixed: intervals are those of the genuine side.
     """
     if not impostors.any():
         raise ValueError("verification: no impostor pairs, the gallery holds one identity; embed at least two")
     at = thresholds(impostors, fars)
     columns = {f"tar@{far:g}": is_match(genuine, at[far]) for far in fars if at[far] is not None}
+    if impostors.sum() < MIN_ERRORS:
+        return columns, at
     step, below = step_of(genuine), np.cumsum(impostors)
     columns["auc"] = (below[step] - impostors[step] / 2) / below[-1]
     rate, crossing, share = equal_error(genuine, impostors)
@@ -944,7 +970,7 @@ def wilson(rate: np.ndarray, trials: np.ndarray) -> tuple[np.ndarray, np.ndarray
     shrink = 1 + Z95**2 / trials
     middle = (rate + Z95**2 / (2 * trials)) / shrink
     half = Z95 * np.sqrt(rate * (1 - rate) / trials + (Z95 / (2 * trials)) ** 2) / shrink
-    return np.round(middle - half, 12).clip(0, 1), np.round(middle + half, 12).clip(0, 1)
+    return np.round(middle - half, 12).clip(0, 1) + 0.0, np.round(middle + half, 12).clip(0, 1)  # + 0.0: no negative zero
 
 
 def rates(columns: Columns, identity: np.ndarray, seed: int, draws: int = 1000, trials: int | None = None) -> dict[str, Rate]:
@@ -1015,7 +1041,7 @@ def geometry_of_space(
 
 @dataclass
 class EvalConfig:
-    embeddings: str
+    embeddings: str | None
     enroll_per_id: int = field(metadata={"at_least": 1})
     enroll_sweep: list[int] = field(metadata={"at_least": 1})
     template: str = field(metadata={"one_of": ("centroid", "best")})
@@ -1027,7 +1053,7 @@ class EvalConfig:
     seed: int = field(metadata={"at_least": 0})
     top_k: list[int] = field(metadata={"at_least": 1, "at_most": 1000})
     bootstrap: int = field(metadata={"at_least": 100})
-    out: str
+    out: str | None
 
 
 class Measured(NamedTuple):
@@ -1052,8 +1078,13 @@ class Measured(NamedTuple):
         return as_figures(self.rates) | {
             "cmc": [rate.value for rate in self.cmc], "impostor_pairs": int(self.impostors.sum()),
             "thresholds": {f"far@{far:g}": at for far, at in self.thresholds.items() if at is not None},
-            "refused": [f"tar@{far:g}" for far, at in self.thresholds.items() if at is None],
+            "refused": refused(self.rates, self.thresholds),
         }  # fmt: skip
+
+
+def refused(found: Iterable[str], fars: Iterable[float]) -> list[str]:
+    """Figures of `verification` that the impostor pairs could not support."""
+    return [name for name in (*(f"tar@{far:g}" for far in fars), "auc", "eer") if name not in found]
 
 
 def as_figures(rates: dict[str, Rate]) -> dict[str, object]:
@@ -1141,11 +1172,11 @@ def open_set_figures(faces: Any, cfg: EvalConfig) -> dict:
 def pair_figures(score: np.ndarray, same: np.ndarray, fold: np.ndarray, fars: list[float]) -> dict:
     """Accuracy of a pair protocol over its folds, and TAR at each FAR; arguments as of `pair_accuracy`."""
     found = pair_accuracy(score, same, fold)
-    columns, at = verification(score[same], count_scores(score[~same]), fars)
+    columns, _ = verification(score[same], count_scores(score[~same]), fars)
     return {
         "pairs": len(score), "accuracy": found.mean, "standard_error": found.standard_error,
-        **{name: float(column.mean()) for name, column in columns.items()},
-        "refused": [f"tar@{far:g}" for far, threshold in at.items() if threshold is None],
+        "chance": float(max(same.mean(), 1 - same.mean())),
+        **{name: float(column.mean()) for name, column in columns.items()}, "refused": refused(columns, fars),
     }  # fmt: skip
 
 

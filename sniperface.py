@@ -1,6 +1,6 @@
 """SniperFace: train a face encoder without labels, export its vectors, measure it on identities it has never seen.
 
-    uv run python sniperface.py [command=split|train|embed|eval|all|report] [overrides]
+    uv run python sniperface.py [command=split|check|train|embed|eval|all|report] [overrides]
 
 Each command below reads from top to bottom; what it decodes, builds or computes is in dataio.py and moco.py. Settings and what each
 one means: conf/config.yaml. Everything a run makes is in runs/<run>/.
@@ -23,12 +23,14 @@ import operator
 import os
 import platform
 import re
+import resource
 import shlex
 import shutil
 import signal
 import string
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -70,7 +72,7 @@ class EmbedConfig:
     flip: bool
     references: bool
     leak_check: bool
-    out: str
+    out: str | None
 
 
 @dataclass
@@ -80,7 +82,7 @@ class ReportConfig:
 
 @dataclass
 class Config:
-    command: str = field(metadata={"one_of": ("split", "train", "embed", "eval", "all", "report")})
+    command: str = field(metadata={"one_of": ("split", "check", "train", "embed", "eval", "all", "report")})
     run: str
     run_dir: str
     seed: int = field(metadata={"at_least": 0})
@@ -142,10 +144,17 @@ def check_together(cfg: Config) -> None:
         raise ValueError(f"backbone.layers={cfg.backbone.layers}: must be four numbers")
 
 
+def expand_home(value: object) -> object:
+    """Settings, nested or not, with `~/` for the home folder where one begins with it: only paths do."""
+    if isinstance(value, dict):
+        return {key: expand_home(inner) for key, inner in value.items()}
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
 def load_config(raw: DictConfig) -> Config:
     """The composed settings as a typed `Config`; ValueError, in one line, for an unknown key, a wrong type or a bad value."""
     try:
-        plain = OmegaConf.to_container(raw, resolve=True)
+        plain = expand_home(OmegaConf.to_container(raw, resolve=True))
         cfg: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     except Exception as error:  # omegaconf's errors say the key in a line of their own
         lines = [line.strip() for line in str(error).splitlines()]
@@ -309,7 +318,7 @@ def load_checkpoint(path: Path) -> dict:
         check_seal(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         wrong = [name for name, kind in kinds.items() if not isinstance(state, dict) or not isinstance(state.get(name), kind)]
-        if wrong or not {"table", "shards", "sources", "precision"} <= state["meta"].keys():
+        if wrong or not {"table", "shards", "precision"} <= state["meta"].keys():
             raise ValueError(f"not a whole checkpoint of this program: {wrong or 'meta'} is not as it writes it")
         return state
     except Exception as error:  # zipfile, pickle and torch raise a dozen types for damaged files
@@ -396,17 +405,26 @@ def find_start(cfg: Config, folder: Path) -> dict | None:
 def check_same_data(saved: dict, found: dict, tables: list[str], cfg: Config, folder: Path) -> None:
     """Raise ValueError if the rows, their order or their split are not those that the run was started on."""
     meta, cache = saved["meta"], saved["config"]["data"]["cache"]
-    if meta["table"] in tables:
-        found = found | {"table": meta["table"]}  # it has grown since; the fingerprints tell whether the train rows did
-    changed = {key: (meta[key], now) for key, now in found.items() if meta[key] != now}
-    if changed.keys() == {"sources"} and (cache == "none") != (cfg.data.cache == "none"):
+    if (cache == "none") != (cfg.data.cache == "none"):
         raise ValueError(
             f"{folder} was started with data.cache={cache}, {cfg.data.cache} draws in another order; set that, or run="
         )
-    if changed:
-        raise ValueError(
-            f"{folder}: the data is not what the run was started on (or the program is newer): {changed}; restore it, or set run="
-        )
+    if "files" not in meta:
+        told = f"{folder}: its checkpoints are of an older program and do not tell whether the data is the same"
+        raise ValueError(f"{told}; set run={free_run_name(folder)}")
+    told = [] if meta["table"] in tables else [f"split table {meta['table']} is {tables[0]} now"]  # it may have grown since
+    for source in sorted(meta["files"] | found["files"]):
+        marks = (there["files"].get(source, []) for there in (meta, found))
+        told += [f"{source}: {what}" for what in dataio.changed_files(*marks, cache == "none")]
+    if told:
+        told = "; ".join(told[:6] + ["and so on"] * (len(told) > 6))
+        told = f"{folder}: the data is not what the run was started on: {told}"
+        raise ValueError(f"{told}; restore files and order, or set run={free_run_name(folder)}")
+
+
+def embedded_rows(cfg: Config, side: str | None) -> dataio.Rows:
+    """The rows of a side of the split, or, where it is None, all rows of embed.test_glob."""
+    return dataio.find_rows(cfg.data, cfg.split, side) if side else dataio.find_given_rows(cfg.embed.test_glob, cfg.data.columns)
 
 
 # ---- Pictures ----
@@ -535,22 +553,27 @@ def draw_neighbours(path: Path, data: dataio.VectorTable, ours: moco.Measured, c
                 spine.set(linewidth=3 if j and right else 0.5, linestyle="-" if j == 0 or right else ":")
 
 
-def draw_results(folder: Path, data: dataio.VectorTable, measured: dict[str, moco.Measured], cfg: Config, gallery: int) -> None:
-    """cmc.png, roc.png, similarity.png and neighbours.png of one evaluation."""
+def draw_results(
+    files: dict[str, Path], data: dataio.VectorTable, measured: dict[str, moco.Measured], cfg: Config, gallery: int
+) -> None:
+    """The pictures of one evaluation; those of an earlier one of its name go first, since not each can always be drawn."""
+    for name in PICTURES:
+        files[name].unlink(missing_ok=True)
     if not can_draw():
         return
-    plots, ours, ranks = folder / "plots", measured["trained"], np.array(moco.CMC_RANKS)
-    with picture(plots / "cmc.png") as axes:
+    ours, ranks = measured["trained"], np.array(moco.CMC_RANKS)
+    with picture(files["cmc"]) as axes:
         for style, (name, found) in enumerate(measured.items()):
             curve(axes[0, 0], ranks, found.cmc, name, style, **CMC_AXES)
         curve(axes[0, 0], ranks, np.minimum(1, ranks / gallery), "chance", 3)
-    with picture(plots / "roc.png") as axes:
-        units = {"xlabel": "false accept rate", "ylabel": "true accept rate", "xscale": "log", "ylim": (0, 1)}
-        for style, (name, found) in enumerate(measured.items()):
-            curve(axes[0, 0], list(found.roc), list(found.roc.values()), name, style, **units)
-        curve(axes[0, 0], list(ours.roc), list(ours.roc), "chance", 3)
-    draw_similarity(plots / "similarity.png", ours)
-    draw_neighbours(plots / "neighbours.png", data, ours, cfg)
+    if ours.roc:  # else there are too few impostors for any point of it
+        with picture(files["roc"]) as axes:
+            units = {"xlabel": "false accept rate", "ylabel": "true accept rate", "xscale": "log", "ylim": (0, 1)}
+            for style, (name, found) in enumerate(measured.items()):
+                curve(axes[0, 0], list(found.roc), list(found.roc.values()), name, style, **units)
+            curve(axes[0, 0], list(ours.roc), list(ours.roc), "chance", 3)
+    draw_similarity(files["similarity"], ours)
+    draw_neighbours(files["neighbours"], data, ours, cfg)
 
 
 # ---- split ----
@@ -801,6 +824,14 @@ def run_steps(run: Run, monitor: list[tuple[Tensor, Tensor]], last_step: int) ->
         log.info("stopped at train.max_steps=%d of %d; the same command without it goes on", training.step, schedule.total_steps)
 
 
+def enrol_ahead(cfg: Config) -> dict:
+    """Who eval would enrol and look up. Raises ValueError for what it would refuse: doubled names, nobody to look up."""
+    names, keys = dataio.read_names(embedded_rows(cfg, None if cfg.embed.test_glob else cfg.embed.split))
+    drawn = moco.enrol(names, keys, cfg.eval.enroll_per_id, cfg.eval.seed)
+    gallery = len(np.unique(drawn.identity[drawn.enrolled]))
+    return {"gallery": gallery, "distractors": drawn.distractors, "probes": len(drawn.probes)}
+
+
 def train(cfg: Config, folder: Path) -> float:
     """Train, or go on where the run stopped; returns minus the best value of the label-free monitor."""
     with run_lock(folder):
@@ -812,10 +843,18 @@ def train(cfg: Config, folder: Path) -> float:
             state_bytes = 4 * sum(p.numel() * p.element_size() for p in training.model.query.parameters())
             dataio.need_space(folder, (cfg.train.keep_last + 4) * state_bytes, "a run's checkpoints")
         rows = dataio.find_rows(cfg.data, cfg.split, "train", shards=saved["meta"]["shards"] if saved else None)
+        if not saved:
+            try:
+                enrol_ahead(cfg)
+            except (ValueError, OSError) as error:
+                if cfg.command == "all":
+                    raise
+                log.warning("embed or eval will refuse the %s side: %s", cfg.embed.split, error)
         streams = dataio.open_streams(rows, cfg.data, cfg.seed)
         schedule = dataio.Schedule(cfg.curriculum, list(map(len, streams)), cfg.train.batch_size, cfg.train.epochs)
         last_step = min(schedule.total_steps, cfg.train.max_steps or schedule.total_steps)
-        meta = {"table": rows.tables[0], "shards": rows.shards, "sources": dataio.describe_order(streams, cfg.data)}
+        marks = {source: dataio.mark_files(index) for source, index in rows.indices.items()}
+        meta = {"table": rows.tables[0], "shards": rows.shards, "files": marks}
         if saved:
             check_same_data(saved, meta, rows.tables, cfg, folder)
             training.load_state_dict(saved)
@@ -831,7 +870,8 @@ def train(cfg: Config, folder: Path) -> float:
         sources = dataio.cached(streams, cfg.data, device)
         meta |= {"precision": str(training.precision), **describe_machine(device)}
         write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg))))
-        write_text(folder / "environment.json", json.dumps([*read_starts(folder), {"from_step": training.step, **meta}], indent=1))
+        start = {"from_step": training.step, **meta, "files": {s: index.fingerprint for s, index in rows.indices.items()}}
+        write_text(folder / "environment.json", json.dumps([*read_starts(folder), start], indent=1))
         run = Run(cfg, folder, training, dataio.CurriculumMixStream(*sources, *[None] * (2 - len(sources)), 0, schedule), meta)
         say_what_trains(run, sources, streams, rows)
         monitor = draw_monitor(run)
@@ -844,15 +884,116 @@ def train(cfg: Config, folder: Path) -> float:
         return -min(training.monitor["best"], training.monitor["last"])
 
 
+# ---- check ----
+
+CHECK_STEPS, CHECK_SECONDS = 20, 60  # as many of the steps as fit
+STEPS_APART = {"loss": 1e-3, "grad_norm": 1e-2, "keys": 1e-3}  # how far a step in fp32 may differ between two devices
+
+
+def describe_side(rows: dataio.Rows, cfg: Config) -> dict:
+    """Rows, people and a sample of one side of the split."""
+    people = np.unique(np.concatenate([index.identities() for index in rows.indices.values()]), return_counts=True)[1]
+    sample = dataio.sample_pictures(rows, cfg.data)
+    if len(sample["broken"]) > cfg.data.max_bad_fraction * (sample["decoded"] + len(sample["broken"])):
+        log.warning("%d of a sample cannot be decoded, the first: %s", len(sample["broken"]), sample["broken"][0])
+    each = {"least": int(people.min()), "median": float(np.median(people)), "most": int(people.max())}
+    return {"rows": len(rows), "people": len(people), "pictures_a_person": each, "sample": sample}
+
+
+def try_steps(cfg: Config, rows: dataio.Rows, scratch: Path) -> dict:
+    """Real steps on the plain stream, a round through the checkpoint, and where there is a GPU its step beside the CPU's."""
+    device, cpu = moco.pick_device(cfg.device), torch.device("cpu")
+    configure_process(device, cfg.deterministic, tf32=True)
+    streams = dataio.open_streams(rows, cfg.data, cfg.seed)
+    schedule = dataio.Schedule(cfg.curriculum, list(map(len, streams)), cfg.train.batch_size, cfg.train.epochs)
+    training = moco.Training(build_model(cfg), cfg.train, device)
+    mix = dataio.CurriculumMixStream(*streams, *[None] * (2 - len(streams)), 0, schedule)
+    meta = {"table": rows.tables[0], "shards": rows.shards, "sources": [], "precision": str(training.precision)}
+    run, timer = Run(cfg, scratch, training, mix, meta), Timer()
+    if cfg.train.compile:
+        training.compile()
+    with contextlib.closing(run.batches(0, min(1 + CHECK_STEPS, schedule.total_steps))) as batches:
+        for step in progress(range(min(1 + CHECK_STEPS, schedule.total_steps)), desc="trying steps", unit="step", leave=False):
+            if step == 1:  # after compiling
+                int(training.first_bad_step)  # waits for the device
+                timer = Timer()
+            images = timer.next(batches)
+            out, _ = training.take_step(*run.views(images, "augment", step), 1e-4, 0.99, draw(cfg.seed, "step", step))
+            if step and time.perf_counter() - timer.started > CHECK_SECONDS:
+                break
+        loss = float(out.loss.detach())
+    figures = timer.lap()
+    compute = figures["images_per_s"] / max(1 - figures["data_wait"], 1e-6)  # as if all data were there
+    through = figures["images_per_s"] if cfg.data.cache == "none" else compute
+    save_checkpoint(run, None)
+    again = moco.Training(build_model(cfg), cfg.train, device)
+    again.load_state_dict(load_checkpoint(scratch / "checkpoints" / "last.pt"))
+    views = run.views(images, "augment", 0)
+    apart = {"checkpoint": moco.compare_steps(training, again, *views, seed=0)}
+    if device.type != "cpu":
+        fp32 = dataclasses.replace(cfg.train, amp="fp32")
+        states = [moco.Training(build_model(cfg), fp32, where) for where in (cpu, device)]
+        apart["device"] = moco.compare_steps(*states, *(view[:32] for view in views), seed=0)
+    for what, by in apart.items():
+        if any(by[name] > limit for name, limit in STEPS_APART.items()):
+            raise ValueError(
+                f"{what}: the same step comes out differently, {by}, allowed is {STEPS_APART}; do not train on this machine"
+            )
+    bytes_each = (scratch / "checkpoints" / "last.pt").stat().st_size
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    waits = figures["data_wait"] > 0.2 and cfg.data.cache == "none"
+    return {
+        "pairs_per_s": figures["images_per_s"], "pairs_per_s_without_waiting": round(compute, 1), "data_wait": figures["data_wait"],
+        "loss": loss, "hours": round(schedule.total_steps * schedule.batch_size / through / 3600, 2), "peak_process_gb": peak / 1e9,
+        "peak_device_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
+        "checkpoints_gb": bytes_each * (cfg.train.keep_last + 4) / 1e9,
+        "cache_gb": 0 if cfg.data.cache == "none" else len(rows) * 3 * cfg.data.image_size**2 / 1e9, "apart": apart,
+        "limit": "decoding: data.cache=decoded decodes once" if waits else "computing: try train.compile=true, a smaller backbone",
+    }  # fmt: skip
+
+
+def check(cfg: Config, folder: Path, typed: set[str]) -> None:
+    """Say in minutes what train, embed and eval would say in hours: check.json, a page, and ValueError for what they would refuse.
+
+    Leaves nothing else behind.
+    """
+    page, refused = {}, []
+
+    def attempt(name: str, part: Callable) -> object:
+        try:
+            page[name] = part()
+        except (ValueError, OSError, FloatingPointError) as error:
+            refused.append(f"{name}: {error}")
+        return page.get(name)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        if not cfg.split.table.exists():
+            cfg = dataclasses.replace(cfg, split=dataclasses.replace(cfg.split, out_dir=scratch))
+        sides = ["train", "test", *["val"] * (cfg.split.validation_ratio > 0)]
+        rows = {side: attempt(f"rows of {side}", functools.partial(dataio.find_rows, cfg.data, cfg.split, side)) for side in sides}
+        for side in (side for side in sides if rows[side]):
+            page.pop(f"rows of {side}")
+            attempt(side, functools.partial(describe_side, rows[side], cfg))
+        if rows["test"]:
+            attempt("eval", lambda: enrol_ahead(cfg))
+        if rows["train"]:
+            attempt("steps", lambda: try_steps(cfg, rows["train"], Path(scratch)))
+    page["free_disk_gb"] = shutil.disk_usage(folder).free / 1e9
+    need = sum(page.get("steps", {}).get(name, 0) for name in ("checkpoints_gb", "cache_gb"))
+    if need > page["free_disk_gb"]:
+        refused.append(f"{folder}: checkpoints and cache need {need:.1f} GB, {page['free_disk_gb']:.1f} GB are free; make room")
+    page["refused"] = refused
+    write_text(folder / "check.json", json.dumps(page, indent=1))
+    shutil.rmtree(folder / ".hydra" / "check", ignore_errors=True)
+    log.info("%s", OmegaConf.to_yaml(OmegaConf.create(page)).rstrip())
+    if refused:
+        raise ValueError(f"{len(refused)} things would stop this run, see {folder / 'check.json'}:\n" + "\n".join(refused))
+
+
 # ---- embed ----
 
 REFERENCE_IMAGES = 4096  # train images that the references are fitted on
 REFERENCES = ("untrained", "pca")
-
-
-def embedded_rows(cfg: Config, side: str | None) -> dataio.Rows:
-    """The rows of a side of the split, or, where it is None, all rows of embed.test_glob."""
-    return dataio.find_rows(cfg.data, cfg.split, side) if side else dataio.find_given_rows(cfg.embed.test_glob, cfg.data.columns)
 
 
 def reference_encoders(cfg: Config, rows: dataio.Rows, device: torch.device) -> dict[str, moco.Encoder]:
@@ -865,6 +1006,21 @@ def reference_encoders(cfg: Config, rows: dataio.Rows, device: torch.device) -> 
     backbone = build_model(cfg).query.backbone.to(device)
     moco.calibrate_batchnorm(backbone, (dataio.to_float(part.to(device)) for part in images))
     return {"untrained": moco.freeze(backbone, device, cfg.embed.flip), "pca": moco.fit_pca(map(dataio.to_float, images))}
+
+
+def short_name(path: str) -> str:
+    """The last part of a path or pattern that has a name, without wildcards and suffix: faces/lfw/*.parquet -> lfw"""
+    parts = reversed(Path(os.path.abspath(path)).parts)
+    names = (re.sub(r"(\[.*?\]|[^\w-]|_)+", "_", Path(part).stem).strip("_-") for part in parts)
+    return next(filter(None, names), "files")
+
+
+def embedded_file(cfg: Config) -> str:
+    """Where `embed` writes in the run's folder, by default named after what it embeds; so vectors of other files replace none."""
+    name, given = f"{cfg.embed.split}_embeddings", cfg.embed.test_glob
+    if given and not Path(os.path.abspath(given)).is_relative_to(os.path.abspath(f"{cfg.split.out_dir}/{cfg.embed.split}")):
+        name = short_name(given).removesuffix("_embeddings")
+    return cfg.embed.out or f"embeddings/{name}.parquet"
 
 
 def reference_path(embeddings: Path, name: str) -> Path:
@@ -915,7 +1071,7 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
             f"its test identities may have been trained on"
         )
     train_rows = find_train_rows(cfg, table)
-    out = folder / cfg.embed.out
+    out = folder / embedded_file(cfg)
     files = {"trained": out} | {name: reference_path(out, name) for name in REFERENCES}
     encoders = {"trained": moco.freeze(model.query.backbone, device, cfg.embed.flip)}
     if train_rows and cfg.embed.references:
@@ -951,6 +1107,21 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
 
 
 # ---- eval ----
+
+PICTURES = ("cmc", "roc", "similarity", "neighbours")
+
+
+def files_of_evaluation(cfg: Config, folder: Path) -> dict[str, Path]:
+    """Files that an evaluation owns, like its section of report.md: it replaces all of them and touches no other's.
+
+    metrics.json, plots/cmc.png, ... belong to the run's own test vectors; metrics_lfw.json, plots/lfw_cmc.png, ... to lfw.parquet.
+    """
+    vectors, own = cfg.eval.embeddings or embedded_file(cfg), os.path.abspath(folder / "embeddings/test_embeddings.parquet")
+    is_own = own in (os.path.abspath(folder / vectors), os.path.abspath(vectors))
+    out = cfg.eval.out or ("metrics.json" if is_own else f"metrics_{short_name(vectors)}.json")
+    name = "" if out == "metrics.json" else short_name(out).removeprefix("metrics_") + "_"
+    files = {"metrics": folder / out, "ranks": (folder / out).with_suffix(".ranks.parquet")}  # the rank of each probe
+    return files | {what: folder / "plots" / f"{name}{what}.png" for what in PICTURES}
 
 
 def check_provenance(path: Path, data: dataio.VectorTable, cfg: Config, folder: Path) -> int | None:
@@ -1009,9 +1180,11 @@ def count_leaks(data: dataio.VectorTable, drawn: moco.Enrolment) -> dict[str, in
     return leaks
 
 
-def measure_pairs(path: Path, data: dataio.VectorTable, fars: list[float]) -> dict:
-    """The figures of a pair protocol such as LFW's."""
-    a, b, same, fold = dataio.read_pairs(path, data)
+def measure_pairs(path: str | Path | None, data: dataio.VectorTable, fars: list[float]) -> dict:
+    """The figures of a pair protocol such as LFW's; none where there is no protocol."""
+    if not path:
+        return {}
+    a, b, same, fold = dataio.read_pairs(Path(path), data)
     try:
         return moco.pair_figures(np.einsum("nd,nd->n", data.vectors[a], data.vectors[b]), same, fold, fars)
     except ValueError as error:
@@ -1021,7 +1194,7 @@ def measure_pairs(path: Path, data: dataio.VectorTable, fars: list[float]) -> di
 def read_vectors(path: Path) -> dataio.VectorTable:
     """A table of vectors that can be measured. Raises ValueError."""
     data = dataio.read_vectors(path)
-    moco.check_vectors(data.vectors, str(path))
+    moco.check_vectors(data.vectors, str(path), foreign=not data.note)
     return data
 
 
@@ -1038,13 +1211,20 @@ def read_reference(path: Path, name: str, data: dataio.VectorTable) -> dataio.Ve
 
 
 def results_table(metrics: dict, encoders: Iterable[str], cfg: moco.EvalConfig) -> str:
-    """The compact table of the terminal: a row an encoder, intervals in brackets, chance last."""
-    lines = [f"{'':<12}" + "".join(f"{f'Rank-{k}':<24}" for k in cfg.top_k)]
-    for name in encoders:
-        figures = metrics if name == "trained" else metrics[name]
-        cells = ("{:.3f} [{:.3f}, {:.3f}]".format(figures[f"rank{k}"], *figures[f"rank{k}_ci"]) for k in cfg.top_k)
-        lines.append(f"{name:<12}" + "".join(f"{cell:<24}" for cell in cells))
-    lines.append(f"{'chance':<12}" + "".join(f"{min(1, k / metrics['gallery']):<24.3f}" for k in cfg.top_k))
+    """The compact table of the terminal: a row an encoder, pairs first, intervals in brackets, chance last."""
+    pairs, gallery, rate = metrics["pair_protocol"], metrics["gallery"], "{:z.3f} [{:z.3f}, {:z.3f}]".format
+    columns = [(f"Rank-{k}", lambda f, k=k: rate(f[f"rank{k}"], *f[f"rank{k}_ci"]), min(1, k / gallery)) for k in cfg.top_k]
+    for far in sorted(float(name[4:]) for name in pairs if name.startswith("tar@"))[:1]:
+        columns.insert(0, (f"TAR at FAR {far:g}", lambda f, far=far: f"{f['pair_protocol'][f'tar@{far:g}']:.3f}", far))
+    if pairs:
+        accuracy = "{accuracy:.4f} +- {standard_error:.4f}".format_map
+        columns.insert(0, ("Accuracy of pairs", lambda f: accuracy(f["pair_protocol"]), pairs["chance"]))
+    rows = {"": [title for title, _, _ in columns]}
+    rows |= {name: [cell(metrics if name == "trained" else metrics[name]) for _, cell, _ in columns] for name in encoders}
+    rows["chance"] = [f"{chance:.3f}" for _, _, chance in columns]
+    lines = [f"{name:<12}" + "".join(f"{cell:<24}" for cell in cells) for name, cells in rows.items()]
+    if pairs:
+        lines.append(f"{pairs['pairs']} pairs, judged by the threshold of the other folds; +- is the standard error over the folds")
     who = "unseen identities" if metrics["made_from"].get("trained_on") == 0 else "identities, not known to be unseen,"
     lines.append(
         f"{metrics['gallery']} {who} enrolled with {metrics['enroll_per_id']} pictures each ({metrics['distractors']} of them "
@@ -1053,16 +1233,19 @@ def results_table(metrics: dict, encoders: Iterable[str], cfg: moco.EvalConfig) 
     return "\n".join(line.rstrip() for line in lines)
 
 
-def write_report(folder: Path, metrics: dict, table: str, cfg: Config) -> None:
-    """report.md: figures and pictures of a run on one page, from the template conf/templates/report.md."""
+def write_report(folder: Path, files: dict[str, Path], metrics: dict, table: str, cfg: Config) -> None:
+    """report.md: a run on one page. Each evaluation has a section, conf/templates/report.md; this writes that of `files`."""
+
+    def shown(*pictures: Path) -> str:
+        return "\n\n".join(f"![{path.stem}](plots/{path.name})" for path in pictures if path.exists())
 
     def rows(figures: dict, *labels: object, only: str | None = None, beside: Iterable[dict] = ()) -> str:
         """A line for each figure with an interval, or for the figure `only` under other labels; others' values behind it."""
         lines = []
         for name in (name for name in figures if f"{name}_ci" in figures and only in (None, name)):
             low, high = figures[f"{name}_ci"]
-            others = (f"{other[name]:.4f}" if name in other else "" for other in beside)
-            lines.append((*(labels or (name,)), f"{figures[name]:.4f}", f"{low:.4f} to {high:.4f}", *others))
+            others = (f"{other[name]:z.4f}" if name in other else "" for other in beside)
+            lines.append((*(labels or (name,)), f"{figures[name]:z.4f}", f"{low:z.4f} to {high:z.4f}", *others))
         return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
     draws, gallery, first = metrics["enrolment_draws"], metrics["gallery"], f"rank{cfg.eval.top_k[0]}"
@@ -1070,35 +1253,36 @@ def write_report(folder: Path, metrics: dict, table: str, cfg: Config) -> None:
     chance = {f"rank{k}": min(1, k / gallery) for k in {1, 5, 10, *cfg.eval.top_k}} | {f"tar@{far:g}": far for far in cfg.eval.fars}
     ranks = np.minimum(np.arange(1, gallery + 1), moco.last_rank(cfg.eval) + 1)
     chance |= {"auc": 0.5, "eer": 0.5, "mrr": float((1 / ranks).mean())}
-    names = ("cmc", "roc", "similarity", "neighbours", "train", "views")
+    refused = [f"{name} of the pairs" for name in metrics["pair_protocol"].get("refused", [])]
+    refused += metrics["refused"] + metrics["open_set"].get("refused", [])
+    heading = f"## {os.path.relpath(files['metrics'], folder)}"
     values = {
-        "run": folder.name, "table": table, "first": first, "made_from": json.dumps(metrics["made_from"]),
+        "heading": heading, "table": table, "first": first, "made_from": json.dumps(metrics["made_from"]),
         "figures": rows(metrics, beside=(*references.values(), chance)),
         "references": "".join(f" {name} |" for name in references), "rules": "---|" * len(references),
         "open_set": rows(metrics["open_set"]) or "| none | | |",
-        "refused": ", ".join(metrics["refused"] + metrics["open_set"].get("refused", [])) or "none",
+        "refused": ", ".join(refused) or "none",
         "draws": f"{draws['rank1_mean']:.4f} on average over {draws['draws']} draws (deviation {draws['rank1_std'] or 0:.4f})",
-        "geometry": ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in metrics["geometry"].items()),
+        "geometry": ", ".join(f"{name.replace('_', ' ')} {value:z.3f}" for name, value in metrics["geometry"].items()),
         "sources": "\n".join(rows(f, name, f["probes"], only=first) for name, f in metrics["per_source"].items()),
         "sweep": "\n".join(rows(f, n, only=first) for n, f in metrics["enroll_sweep"].items()),
-        "pictures": "\n\n".join(f"![{name}](plots/{name}.png)" for name in names if (folder / f"plots/{name}.png").exists()),
+        "pictures": shown(*(files[name] for name in PICTURES)),
     }  # fmt: skip
-    template = string.Template((CONF / "templates" / "report.md").read_text())
-    write_text(folder / "report.md", template.substitute(values))
-
-
-def ranks_path(folder: Path, cfg: Config) -> Path:
-    """metrics.json -> metrics.ranks.parquet: the rank of each probe, from which `report` computes paired differences."""
-    return (folder / cfg.eval.out).with_suffix(".ranks.parquet")
+    section = string.Template((CONF / "templates" / "report.md").read_text()).substitute(values)
+    there = (folder / "report.md").read_text(errors="replace") if (folder / "report.md").exists() else ""
+    sections = {part.split("\n")[0]: part for part in re.split(r"^(?=## )", there, flags=re.MULTILINE)[1:]} | {heading: section}
+    head = (f"# Run {folder.name}", shown(folder / "plots/train.png", folder / "plots/views.png"))
+    write_text(folder / "report.md", "\n\n".join(part.strip() for part in (*head, *sections.values()) if part) + "\n")
 
 
 def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
     """Measure an embeddings file: figures to metrics.json, a table to the terminal, pictures and report.md to the run's folder."""
     if (folder / "config.yaml").exists():
         cfg = settings_of(read_saved_settings(folder / "config.yaml"), cfg, typed)
-    path = next((path for path in (folder / cfg.eval.embeddings, Path(cfg.eval.embeddings)) if path.is_file()), None)
+    files, asked_for = files_of_evaluation(cfg, folder), cfg.eval.embeddings or embedded_file(cfg)
+    path = next((path for path in (folder / asked_for, Path(asked_for)) if path.is_file()), None)
     if path is None:
-        places = f"{folder / cfg.eval.embeddings}: no such file, nor {Path(cfg.eval.embeddings).absolute()}"
+        places = f"{folder / asked_for}: no such file, nor {Path(asked_for).absolute()}"
         raise FileNotFoundError(f"{places}; command=embed writes it, or set eval.embeddings")
     log.info("measuring %s", path)
     device, data = moco.pick_device(cfg.device), read_vectors(path)
@@ -1106,7 +1290,7 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
     metrics, ours = moco.evaluate(data, cfg.eval, device)
     metrics |= {
         "identities_asked": asked, "embeddings": str(path), "made_from": data.note, "leaks": count_leaks(data, ours.drawn),
-        "pair_protocol": measure_pairs(Path(cfg.eval.pairs), data, cfg.eval.fars) if cfg.eval.pairs else {},
+        "pair_protocol": measure_pairs(cfg.eval.pairs, data, cfg.eval.fars),
     }  # fmt: skip
     if metrics["gallery"] <= max(cfg.eval.top_k):
         log.warning("only %d identities are enrolled: Rank-%d is always 1", metrics["gallery"], max(cfg.eval.top_k))
@@ -1114,18 +1298,18 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
     for name in REFERENCES:
         if reference := read_reference(path, name, data):
             measured[name] = moco.measure(reference, cfg.eval, device)
-            metrics[name] = measured[name].figures()
+            metrics[name] = measured[name].figures() | {"pair_protocol": measure_pairs(cfg.eval.pairs, reference, cfg.eval.fars)}
     ranks = {"identity_id": data.names[ours.drawn.probes], "picture": data.keys[ours.drawn.probes], "rank": ours.found.rank}
     ranks = pa.table(ranks)
-    with write_whole(ranks_path(folder, cfg)) as temporary:  # ranks beyond this one are not told apart
+    with write_whole(files["ranks"]) as temporary:  # ranks beyond this one are not told apart
         note = {"ranks_cut_from": moco.last_rank(cfg.eval) + 1}
         pq.write_table(ranks.cast(dataio.with_metadata(ranks.schema, note)), temporary)
-    write_text(folder / cfg.eval.out, json.dumps(metrics, indent=1))
+    write_text(files["metrics"], json.dumps(metrics, indent=1))
     table = results_table(metrics, measured, cfg.eval)
     log.info("%s", table)
     with not_vital("pictures of the results"):
-        draw_results(folder, data, measured, cfg, metrics["gallery"])
-    write_report(folder, metrics, table, cfg)
+        draw_results(files, data, measured, cfg, metrics["gallery"])
+    write_report(folder, files, metrics, table, cfg)
     return metrics
 
 
@@ -1135,7 +1319,7 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
 def difference_to(first: Path, run: Path, cfg: Config) -> dict[str, float | None]:
     """Rank-1 of a run minus that of the first, with its interval; empty values where it was not measured on the same probes."""
     names = ("rank1_change", "rank1_change_low", "rank1_change_high")
-    files = [ranks_path(path, cfg) for path in (first, run)]
+    files = [files_of_evaluation(cfg, path)["ranks"] for path in (first, run)]
     if not all(file.exists() for file in files):
         return dict.fromkeys(names)
     base, ours = (pq.read_table(file).sort_by([("identity_id", "ascending"), ("picture", "ascending")]) for file in files)
@@ -1163,7 +1347,8 @@ def report(cfg: Config, pattern: str) -> None:
     varied = sorted(
         key for key in settings[0] if key not in ("run", "run_dir", "command") and len({str(s.get(key)) for s in settings}) > 1
     )
-    metrics = [json.loads((run / cfg.eval.out).read_text()) if (run / cfg.eval.out).exists() else {} for run in runs]
+    files = (files_of_evaluation(cfg, run)["metrics"] for run in runs)
+    metrics = [json.loads(file.read_text()) if file.exists() else {} for file in files]
     rows = []
     for run, setting, figures in zip(runs, settings, metrics, strict=True):
         lines = read_log(run)
@@ -1217,6 +1402,7 @@ def train_and_measure(cfg: Config, folder: Path, typed: set[str]) -> float:
 
 COMMANDS: dict[str, Callable[[Config, Path, set[str]], float | None]] = {
     "split": split,
+    "check": check,
     "train": train_for_objective,
     "embed": embed,
     "eval": lambda cfg, folder, typed: evaluate(cfg, folder, typed) and None,
@@ -1275,6 +1461,7 @@ def stop_at_once(number: int, frame: object) -> None:
 def start() -> None:
     """The command line: run `main`, and end in one line where it cannot."""
     signal.signal(signal.SIGTERM, stop_at_once)
+    sys.argv[1:] = [word.replace("=~/", f"={Path.home()}/") for word in sys.argv[1:]]  # Hydra's grammar has no ~
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra's own refusals arrive below as exceptions
     try:
         main()

@@ -63,7 +63,6 @@ def test_each_pass_over_the_cache_is_another_permutation_addressed_by_the_seed(s
     assert drawn_numbers(cache, 30, 7, 30) == drawn.reshape(-1)[210:].tolist()
     again = dataio.DecodedCache(stream_of(source, seed=4, shuffle_buffer=0), tmp_path)
     assert (again.order(1) == drawn[1]).all()
-    assert again.fingerprint == cache.fingerprint
     assert (dataio.DecodedCache(stream_of(source, seed=5), tmp_path).order(0) != drawn[0]).any()
     assert dataio.repeats_in_queue(drawn[0] // 5, 100) < 1.5 * dataio.repeats_in_queue(shuffled(np.arange(300) // 5), 100)
 

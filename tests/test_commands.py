@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from runs import NASTY, ROOT, RUN, in_shell, quoted
@@ -43,6 +44,13 @@ def test_the_name_of_a_sweep_may_hold_awkward_characters(data, tmp_path):
     told, code = in_shell("-m", quoted("run", "sweep[1]"), "seed=0,1", *one_source(data), cwd=tmp_path)
     assert code == 0, told
     assert len((tmp_path / "runs" / "sweep[1]" / "table.csv").read_text().splitlines()) == 3
+
+
+def test_the_home_folder_may_be_typed(tmp_path):
+    told, code = in_shell("--cfg", "job", "data.digiface_glob=~/faces/*.parquet", "run_dir=~/mine", cwd=tmp_path)
+    assert code == 0, told
+    assert f"digiface_glob: {Path.home()}/faces/*.parquet\n" in told
+    assert f"run_dir: {Path.home()}/mine\n" in told
 
 
 def one_source(data):

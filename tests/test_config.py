@@ -1,6 +1,7 @@
 """Settings: every key is explained and typed, every mistake is told in a line or two, the three files know only what they may."""
 
 import ast
+import dataclasses
 import re
 import subprocess
 import sys
@@ -34,6 +35,16 @@ def test_an_override_of_the_wrong_type_or_range_is_refused_in_a_few_lines_that_n
     told = sniperface.in_short(refused.value)
     assert override.lstrip("+").split("=")[0].split(".")[-1] in told
     assert len(told.splitlines()) <= 3
+
+
+def test_a_path_may_begin_with_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    keys = [
+        "data.digiface_glob", "data.digi2real_glob", "split.out_dir", "data.cache_dir", "embed.test_glob", "embed.checkpoint",
+        "embed.out", "eval.pairs", "eval.embeddings", "report.runs",
+    ]  # fmt: skip
+    found = flat(dataclasses.asdict(settings(*(f"{key}='~/a b/{key}*'" for key in keys))))
+    assert [found[key] for key in keys] == [f"/home/me/a b/{key}*" for key in keys]
 
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))

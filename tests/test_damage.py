@@ -122,16 +122,25 @@ def change_people(rows):
     return [row | {"identity_id": rows[(i + 4) % len(rows)]["identity_id"]} for i, row in enumerate(rows)]
 
 
+def change_pictures(rows):
+    return [row | {"image_bytes": rows[i - 1]["image_bytes"]} for i, row in enumerate(rows)]
+
+
+CHANGES = [(lambda rows: rows[:-2], "rows"), (lambda rows: rows[::-1], "people"), (change_people, "people")]
+
+
 @pytest.mark.parametrize(
-    "change", [lambda rows: rows[:-2], lambda rows: rows[::-1], change_people], ids=["fewer", "turned", "people"]
+    ("change", "what"), [*CHANGES, (change_pictures, "pictures")], ids=["fewer", "turned", "people", "pictures"]
 )
-def test_other_rows_in_the_same_files_are_refused(data, tmp_path, change):
+def test_other_rows_in_the_same_files_are_refused_and_what_of_them_changed_is_told(data, tmp_path, change, what):
     mine = shutil.copytree(data, tmp_path / "data")
     sniperface.train(job(tmp_path, mine, "train.max_steps=2"), tmp_path / "run")
     path = mine / "digiface1m_000.parquet"
     write_rows(path, change(pq.read_table(path).to_pylist()), group=100, compression="none")
     told = refusal(lambda: sniperface.train(job(tmp_path, mine), tmp_path / "run"))
-    assert "data is not what the run was started on" in told
+    assert "data is not what the run was started on: digiface: digiface1m_000.parquet differs in " in told
+    assert re.search(rf"differs in (\w+, )*{what}.*; restore .* run=run_001$", told)
+    assert "digi2real" not in told
 
 
 def test_a_file_that_disappears_while_training_is_named(data, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from runs import assert_same, in_child, job, refusal, result, training_result
+from runs import assert_same, in_child, job, refusal, result, settings, training_result
 
 import dataio
 import sniperface
@@ -140,3 +140,22 @@ READ_ONLY = pytest.param(lambda path: path.mkdir(mode=0o500), marks=pytest.mark.
 def test_a_place_where_no_folder_can_be_written_is_named(data, tmp_path, place, make):
     make(tmp_path / place)
     assert place in refusal(lambda: sniperface.train(job(tmp_path, data, "data.cache=decoded"), tmp_path / "run"))
+
+
+WRITTEN = [("splits", "train"), ("cache", "train"), ("splits", "split"), ("splits/train", "split")]
+
+
+@pytest.mark.parametrize(("place", "command"), WRITTEN)
+def test_where_splits_and_caches_cannot_be_written_the_settings_that_work_are_told(words, tmp_path, monkeypatch, place, command):
+    monkeypatch.chdir(tmp_path)
+    if place == "splits/train":
+        dataio.find_splits(settings(*words).data, settings(*words).split)
+    (tmp_path / place).touch()
+
+    def run(*more):
+        cfg = settings(*words, "data.cache=decoded", "train.max_steps=1", *more)
+        (sniperface.split if command == "split" else sniperface.train)(cfg, tmp_path / "runs/run")
+
+    told = refusal(run)
+    assert told.startswith(f"{tmp_path / place}: cannot be written to (")
+    run(*re.search(r"split\.out_dir=\S+ data\.cache_dir=\S+", told)[0].split())

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from runs import job, settings, state_of, train, words_of
+from conftest import write_rows
+from runs import job, quoted, rows_of, settings, state_of, train, words_of
 
 import dataio
 import sniperface
@@ -119,4 +120,38 @@ def test_embeddings_of_people_who_were_trained_on_are_not_measured(words, tmp_pa
     glob = f"embed.test_glob={people}/*.parquet"
     sniperface.embed(settings(*words, glob, "embed.references=false"), tmp_path, {"embed.test_glob"})
     with pytest.raises(ValueError, match="30 of its identities were trained on"):
-        sniperface.evaluate(settings(*words), tmp_path)
+        sniperface.evaluate(settings(*words, glob), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        ("lfw.parquet", "lfw"), ("a/lfw_*.parquet", "lfw"), ("a/lfw/*.parquet", "lfw"), ("a/lfw/**/*.parquet", "lfw"),
+        ("a/lfw", "lfw"), ("lfw-[0-9][0-9].parquet", "lfw"), ("part_?_lfw*", "part_lfw"), ("lfw.v2.parquet", "lfw_v2"),
+        ("a/b c (1).parquet", "b_c_1"), ("/*.parquet", "files"), ("gesichter_é.parquet", "gesichter_é"),
+        ("test_embeddings.parquet", "test"), ("splits/tests/*.parquet", "tests"), ("splits/test/*/*.parquet", "test_embeddings"),
+        ("x/../splits/test/digi*/*", "test_embeddings"),
+    ],
+)  # fmt: skip
+def test_vectors_are_named_after_what_is_embedded(pattern, name):
+    words = (quoted("embed.test_glob", pattern), "split.out_dir=splits")
+    assert sniperface.embedded_file(settings(*words)) == f"embeddings/{name}.parquet"
+    assert sniperface.embedded_file(settings(*words, "embed.out=mine.parquet")) == "mine.parquet"
+
+
+def test_vectors_of_other_files_replace_neither_the_runs_own_nor_their_figures(piped, people, tmp_path, no_pictures):
+    words, run = piped[0], shutil.copytree(piped[1], tmp_path / "run")
+    report = (run / "report.md").read_text()
+    kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.suffix in (".parquet", ".json", ".png")}
+    strangers = [row | {"identity_id": f"x{row['identity_id']}"} for row in rows_of(people)[:60]]
+    write_rows(tmp_path / "lfw/lfw_0.parquet", strangers)
+    cfg = settings(*words, f"embed.test_glob={tmp_path}/lfw/lfw_*.parquet")
+    sniperface.embed(cfg, run, {"embed.test_glob"})
+    metrics = sniperface.evaluate(cfg, run)
+    assert metrics["identities"] == 10
+    assert metrics == json.loads((run / "metrics_lfw.json").read_text())
+    assert sniperface.evaluate(settings(*words, "eval.embeddings=embeddings/lfw.parquet"), run)["rank1"] == metrics["rank1"]
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert {path.name for path in (run / "embeddings").glob("lfw*")} == {"lfw.parquet", "lfw.untrained.parquet", "lfw.pca.parquet"}
+    assert (run / "report.md").read_text().startswith(report.strip())
+    assert "## metrics_lfw.json" in (run / "report.md").read_text()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -31,10 +32,11 @@ def write_vectors(path, vectors=None, noise=0.6, seed=0, note=None, **columns):
     return path
 
 
-def evaluate(folder, path, *more):
+def evaluate(folder, path, *more, plots=False):
     words = ["eval.enroll_per_id=2", "eval.bootstrap=200", "eval.repeats=2", "eval.open_set_share=0.5", "eval.fpirs=[0.5]"]
     with pytest.MonkeyPatch.context() as patch:
-        draw_no_plots(patch)
+        if not plots:
+            draw_no_plots(patch)
         return sniperface.evaluate(settings(f"eval.embeddings={path}", *words, *more), folder)
 
 
@@ -48,7 +50,7 @@ def test_a_foreign_file_is_scored_and_one_line_says_what_could_not_be_checked(tm
     assert "tar@1e-06" in metrics["refused"]
     assert metrics["cmc"] == sorted(metrics["cmc"])
     assert set(metrics["enroll_sweep"]) == {"1", "2", "5"}
-    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    assert json.loads((tmp_path / "metrics_foreign.json").read_text()) == metrics
 
 
 def test_perfect_vectors_find_everybody_and_equal_ones_are_refused(tmp_path):
@@ -107,18 +109,39 @@ def test_equal_pictures_in_gallery_and_probes_and_in_train_are_told_loudly(tmp_p
     assert caplog.text.count("LEAK") == 2
 
 
-def test_a_pair_protocol_takes_the_threshold_from_the_other_folds(tmp_path):
-    path = write_vectors(tmp_path / "a.parquet", noise=1.2)
-    names, rng = pq.read_table(path)["identity_id"].to_pylist(), np.random.default_rng(1)
+def draw_pairs(path, count=150):
+    """A protocol of so many equal and as many different pairs of the vectors in `path`, as columns with the identities."""
+    table, rng = pq.read_table(path), np.random.default_rng(1)
+    names, files = (np.array(table[column].to_pylist()) for column in ("identity_id", "image_filename"))
     a, b = rng.integers(0, len(names), (2, 4000))
-    same = np.array([names[i] == names[j] for i, j in zip(a, b, strict=True)])
-    keep = np.concatenate([np.flatnonzero(same)[:150], np.flatnonzero(~same)[:150]])
-    pairs = {"fold": keep % 10, "same": same[keep]} | {
-        f"image_filename_{s}": [f"{n}.png" for n in x[keep]] for s, x in (("a", a), ("b", b))
-    }
+    same = names[a] == names[b]
+    keep = np.concatenate([np.flatnonzero(same)[:count], np.flatnonzero(~same)[:count]])
+    columns = {"fold": keep % 10, "same": same[keep]}
+    for side, rows in (("a", a[keep]), ("b", b[keep])):
+        columns |= {f"image_filename_{side}": files[rows], f"identity_id_{side}": names[rows]}
+    return columns
+
+
+def without_people(pairs):
+    return {name: column for name, column in pairs.items() if not name.startswith("identity_id")}
+
+
+def test_a_pair_protocol_takes_the_threshold_from_the_other_folds_and_is_the_main_figure(tmp_path, caplog):
+    caplog.set_level("INFO", logger="sniperface")
+    path = write_vectors(tmp_path / "a.parquet", noise=1.2)
+    write_vectors(tmp_path / "a.pca.parquet", noise=5)
+    pairs = without_people(draw_pairs(path))
     pq.write_table(pa.table(pairs), tmp_path / "pairs.parquet")
-    found = evaluate(tmp_path, path, f"eval.pairs={tmp_path}/pairs.parquet")["pair_protocol"]
+    metrics = evaluate(tmp_path, path, f"eval.pairs={tmp_path}/pairs.parquet")
+    found = metrics["pair_protocol"]
+    assert metrics["pca"]["pair_protocol"]["accuracy"] < found["accuracy"]
+    for told in (caplog.text, (tmp_path / "report.md").read_text()):
+        assert re.search(r" {3}Accuracy of pairs +TAR at FAR 0\.1 +Rank-1 ", told)
+        assert f"trained     {found['accuracy']:.4f} +- {found['standard_error']:.4f}" in told
+        assert f"pca         {metrics['pca']['pair_protocol']['accuracy']:.4f} +- " in told
+    assert "tar@0.001 of the pairs" in (tmp_path / "report.md").read_text()
     assert found["pairs"] == 300
+    assert found["chance"] == 0.5
     assert 0.7 < found["accuracy"] < 1
     assert 0 < found["standard_error"] < 0.05
     assert "tar@0.001" in found["refused"]
@@ -133,7 +156,7 @@ def test_a_report_sets_runs_side_by_side_with_paired_differences(tmp_path):
         evaluate(run, write_vectors(run / "a.parquet", noise=noise))
         (run / "config.yaml").write_text(f"data:\n  workers: 1\ntrain:\n  epochs: 3\n  lr: 0.{number + 1}\n")
         (run / "train_log.jsonl").write_text('{"step": 4, "epoch": 2, "loss": 5.0}\n')
-    sniperface.report(settings(), f"{tmp_path}/run_*")
+    sniperface.report(settings("eval.embeddings=a.parquet"), f"{tmp_path}/run_*")
     first, second = csv.DictReader((tmp_path / "table.csv").read_text().splitlines())
     assert (first["train.lr"], second["train.lr"]) == ("0.1", "0.2")
     assert first["state"] == "epoch 2 of 3, measured"
@@ -174,3 +197,147 @@ def test_names_of_the_train_side_in_a_foreign_file_are_told_loudly(tmp_path, cap
     write_table(tmp_path / "splits", range(3))
     evaluate(tmp_path, write_vectors(tmp_path / "a.parquet"), f"split.out_dir={tmp_path}/splits")
     assert "LEAK? 9 of its identities, such as 'p10'" in caplog.text
+
+
+def test_names_that_repeat_between_people_need_the_identities_beside_them(tmp_path):
+    path = write_vectors(tmp_path / "a.parquet")
+    pq.write_table(pa.table(without_people(draw_pairs(path))), tmp_path / "plain.parquet")
+    wanted = evaluate(tmp_path, path, f"eval.pairs={tmp_path}/plain.parquet")["pair_protocol"]
+    names = [f"{n % PICTURES}.png" for n in range(PEOPLE * PICTURES)]
+    path, protocol = write_vectors(tmp_path / "b.parquet", image_filename=names), tmp_path / "pairs.parquet"
+    pairs = draw_pairs(path)
+
+    def measured(pairs):
+        pq.write_table(pa.table(pairs), protocol)
+        return evaluate(tmp_path, path, f"eval.pairs={protocol}")["pair_protocol"]
+
+    in_folders = {
+        f"image_filename_{s}": [f"{p}/{n}" for p, n in zip(pairs[f"identity_id_{s}"], pairs[f"image_filename_{s}"], strict=True)]
+        for s in "ab"
+    }
+    for ambiguous, told in (({}, "more than one embedding"), (in_folders, "no embedding")):
+        with pytest.raises(ValueError, match=rf"pairs\.parquet: .*{told}.*: add columns identity_id_a and identity_id_b"):
+            measured(without_people(pairs) | ambiguous)
+    assert measured(pairs) == wanted
+    with pytest.raises(ValueError, match=r"needs .*'identity_id_b'.*look at \['identity_id_b'\]"):
+        measured({name: column for name, column in pairs.items() if name != "identity_id_b"})
+    with pytest.raises(ValueError, match=r"same contradicts the identities in 1 rows, first row 7"):
+        measured(pairs | {"same": pairs["same"] ^ (np.arange(300) == 7)})
+
+
+def test_a_name_that_stands_twice_outside_the_pairs_is_no_matter(tmp_path):
+    path, names = write_vectors(tmp_path / "a.parquet"), [f"{n}.png" for n in range(PEOPLE * PICTURES)]
+    pairs = without_people(draw_pairs(path, 10))
+    spare = [n for n, name in enumerate(names) if name not in {*pairs["image_filename_a"], *pairs["image_filename_b"]}]
+    names[spare[0]] = names[spare[-1]]
+    pq.write_table(pa.table(pairs), tmp_path / "pairs.parquet")
+    path = write_vectors(path, image_filename=names)
+    assert evaluate(tmp_path, path, f"eval.pairs={tmp_path}/pairs.parquet")["pair_protocol"]["pairs"] == 20
+
+
+@pytest.mark.parametrize("people", [2, 3])
+def test_too_few_pairs_leave_the_ranks_and_are_listed_as_refused(tmp_path, people):
+    rng, names = np.random.default_rng(0), np.repeat([f"p{i}" for i in range(people)], 6)
+    vectors, files = rng.normal(size=(len(names), WIDTH)), [f"{n}.png" for n in range(len(names))]
+    path = write_vectors(tmp_path / "few.parquet", vectors, identity_id=names, image_filename=files)
+    metrics = evaluate(tmp_path, path, "eval.enroll_per_id=5", plots=True)
+    assert metrics["impostor_pairs"] == people * (people - 1) < 10
+    assert metrics["rank1_ci"][0] <= metrics["rank1"] <= metrics["rank1_ci"][1]
+    assert {"auc", "eer", "tar@0.1"} <= {*metrics["refused"]}
+    assert not {"auc", "eer", "tar@0.1"} & metrics.keys()
+    assert ", auc, eer" in (tmp_path / "report.md").read_text()
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"few_cmc.png", "few_similarity.png"}
+
+
+def sections(folder):
+    return dict(part.split("\n", 1) for part in (folder / "report.md").read_text().split("## ")[1:])
+
+
+def test_an_evaluation_replaces_its_own_files_and_touches_no_others(tmp_path):
+    ours, _ = (write_vectors(tmp_path / f"embeddings/{name}.parquet", seed=n) for n, name in enumerate(("test_embeddings", "lfw")))
+    stale, others = tmp_path / "plots/neighbours.png", tmp_path / "plots/lfw_neighbours.png"
+    for path in (stale, others):  # of earlier evaluations, whose pictures were there
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"a picture")
+    evaluate(tmp_path, ours, plots=True)
+    assert others.read_bytes() == b"a picture"
+    assert not stale.exists()
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "report.md"}
+    first = sections(tmp_path)
+    assert "(plots/cmc.png)" in first["metrics.json"]
+    assert "neighbours" not in first["metrics.json"]
+    evaluate(tmp_path, "embeddings/lfw.parquet", plots=True)
+    assert not others.exists()
+    assert {path: path.read_bytes() for path in kept if path != others} == {p: b for p, b in kept.items() if p != others}
+    made = {"metrics_lfw.json", "metrics_lfw.ranks.parquet", "plots/lfw_cmc.png", "plots/lfw_roc.png", "plots/lfw_similarity.png"}
+    assert all((tmp_path / name).exists() for name in made)
+    both = sections(tmp_path)
+    assert [*both] == ["metrics.json", "metrics_lfw.json"]
+    assert both["metrics.json"].strip() == first["metrics.json"].strip()
+    assert "(plots/lfw_cmc.png)" in both["metrics_lfw.json"]
+    evaluate(tmp_path, ours, "eval.enroll_per_id=3")
+    last = sections(tmp_path)
+    assert [*last] == [*both]
+    assert last["metrics_lfw.json"].strip() == both["metrics_lfw.json"].strip()
+    assert "enrolled with 3 pictures" in last["metrics.json"]
+    assert ".png" not in last["metrics.json"]
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"lfw_cmc.png", "lfw_roc.png", "lfw_similarity.png"}
+
+
+def test_a_file_of_figures_that_is_asked_for_names_its_pictures(tmp_path):
+    files = sniperface.files_of_evaluation(settings("eval.out=metrics_one.json"), tmp_path)
+    assert [files[what].name for what in ("metrics", "ranks", "cmc")] == [
+        "metrics_one.json",
+        "metrics_one.ranks.parquet",
+        "one_cmc.png",
+    ]
+    elsewhere = sniperface.files_of_evaluation(settings("eval.embeddings=runs/b/embeddings/test_embeddings.parquet"), tmp_path)
+    assert elsewhere["metrics"] == tmp_path / "metrics_test_embeddings.json"
+
+
+def test_no_table_shows_a_negative_zero():
+    figures = {"pair_protocol": {}, "gallery": 9, "made_from": {}, "enroll_per_id": 1, "distractors": 0, "probes": 9}
+    figures |= {"rank1": -1e-12, "rank1_ci": [-0.0, 0.4]}
+    table = sniperface.results_table(figures, ["trained"], settings("eval.top_k=[1]").eval)
+    assert "trained     0.000 [0.000, 0.400]" in table
+
+
+KINDS = {
+    "lists of doubles": pa.list_(pa.float64()), "large lists": pa.large_list(pa.float32()),
+    "halves": pa.list_(pa.float16(), WIDTH), "lists of halves": pa.list_(pa.float16()), "doubles": pa.list_(pa.float64(), WIDTH),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vectors_of_other_programs_are_read_whatever_their_type_and_length(tmp_path, caplog, kind):
+    caplog.set_level("INFO", logger="sniperface")
+    path = write_vectors(tmp_path / "a.parquet")
+    wanted, unit = evaluate(tmp_path, path), sniperface.read_vectors(path).vectors
+    assert "divided by its length" not in caplog.text
+    scaled = unit * np.linspace(0.1, 30, len(unit), dtype=np.float32)[:, None]
+    values = scaled.astype(KINDS[kind].value_type.to_pandas_dtype())
+    write_vectors(path, embedding=pa.array(list(values), KINDS[kind]))
+    found = sniperface.read_vectors(path).vectors
+    assert caplog.text.count("of 72 vectors are not of unit length: each is divided by its length") == 1
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(found, unit, atol=1e-3 if "halves" in kind else 1e-6)
+    assert evaluate(tmp_path, path)["rank1"] == pytest.approx(wanted["rank1"], abs=0 if "halves" not in kind else 0.03)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"), [(0, "1 of 72 vectors are zero, first row 5"), (np.nan, "NaN or infinity, first row 5")]
+)
+def test_vectors_without_a_direction_are_refused_from_other_programs_too(tmp_path, value, told):
+    vectors = np.random.default_rng(0).normal(size=(PEOPLE * PICTURES, WIDTH))
+    vectors[5] *= value
+    with pytest.raises(ValueError, match=rf"a\.parquet: .*{told}; leave these rows out"):
+        evaluate(tmp_path, write_vectors(tmp_path / "a.parquet", vectors))
+
+
+def test_the_width_of_vectors_is_one_for_the_whole_file(tmp_path):
+    table = pq.read_table(write_vectors(tmp_path / "a.parquet")).slice(0, 4)
+    for rows in ([[1.0, 2], [1, 2], [1, 2, 3], [1, 2]], [[1.0], [1, 2], [1, 2], [1]], [[]] * 4):
+        column = pa.array(rows, pa.list_(pa.float64()))
+        pq.write_table(table.set_column(2, "embedding", column), tmp_path / "b.parquet", row_group_size=2)
+        with pytest.raises(ValueError, match=r"b\.parquet: .*all need one width above 0"):
+            dataio.read_vectors(tmp_path / "b.parquet")

@@ -7,6 +7,7 @@ import socket
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -85,6 +86,51 @@ def test_a_file_named_absolutely_and_relatively_is_one_file(tmp_path, monkeypatc
     assert len(dataio.find_files(["a.parquet", str(tmp_path / "a.parquet")])) == 1
 
 
+def test_a_folder_means_the_parquet_files_below_it_that_are_not_hidden(tmp_path):
+    kept = ["a.parquet/x/part-0.parquet", "a.parquet/y/part-0.parquet", "b.parquet"]
+    left = ["a.parquet/_SUCCESS", "a.parquet/_tmp/part-9.parquet", "a.parquet/.part-8.parquet", "a.parquet/_part.parquet", "a.csv"]
+    for name in [*kept[::-1], *left, "splits/identity_splits.parquet", "splits/train/digiface/digiface_00000.parquet"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).touch()
+
+    def found(*globs):
+        return sorted(str(path.relative_to(tmp_path)) for path in dataio.find_files([str(tmp_path / name) for name in globs]))
+
+    assert found("") == found("*.parquet") == found("", "a.parquet/x", "**/[ab].parquet") == kept  # what `split` wrote is not data
+    assert found("splits/train/digiface") == ["splits/train/digiface/digiface_00000.parquet"]
+    order = dataio.find_files(str(tmp_path))
+    assert [path.relative_to(tmp_path).as_posix() for path in order] == ["b.parquet", *kept[:2]]  # by name, then by path
+
+
+def test_a_folder_without_a_parquet_file_is_refused_by_name(tmp_path):
+    (tmp_path / "a.parquet").mkdir()
+    write_rows(tmp_path / "b.parquet", numbered_rows("ab"))
+    for pattern in ("a.parquet", "*.parquet"):
+        with pytest.raises(FileNotFoundError, match=r"a\.parquet: a folder without a \.parquet file"):
+            dataio.find_files(str(tmp_path / pattern))
+
+
+def test_a_folder_may_be_written_by_hive_and_its_keys_are_the_column(tmp_path):
+    rows = numbered_rows(np.repeat(["007", "a b/ü", "x=1"], 3).tolist())
+    for n, folder in enumerate(["007", "a%20b%2F%C3%BC", "x=1"]):
+        plain = [{k: v for k, v in row.items() if k != "identity_id"} for row in rows[3 * n : 3 * n + 3]]
+        write_rows(tmp_path / f"faces.parquet/identity_id={folder}/part-0.parquet", plain)
+    pattern = str(tmp_path / "*.parquet")
+    assert dataio.collect_unique_identities(pattern) == ["007", "a b/ü", "x=1"]
+    index = dataio.build_index(pattern, None)
+    assert [row for table in dataio.read_rows(index) for row in table.to_pylist()] == rows
+    assert index.identities() == [row["identity_id"] for row in rows]
+    assert drawn_numbers(stream_of(pattern, allowed_identities=["x=1"], shuffle_files=False, shuffle_buffer=0)) == [6, 7, 8]
+
+
+def test_a_key_of_a_folder_never_replaces_a_column_and_its_null_is_refused(tmp_path):
+    write_rows(tmp_path / "identity_id=wrong/a.parquet", numbered_rows("ab"))
+    assert dataio.collect_unique_identities(str(tmp_path)) == ["a", "b"]
+    plain = [{k: v for k, v in row.items() if k != "identity_id"} for row in numbered_rows("ab")]
+    write_rows(tmp_path / "identity_id=__HIVE_DEFAULT_PARTITION__/b.parquet", plain)
+    refuse(tmp_path, r"b\.parquet: 2 of 2 rows have no 'identity_id'")
+
+
 def refuse(pattern, message):
     """Who reads the rows and who reads the identities must both refuse."""
     for read in (lambda: dataio.build_index(str(pattern), None), lambda: dataio.collect_unique_identities(str(pattern))):
@@ -148,7 +194,7 @@ def half(path):
 
 
 NO_PARQUET = {
-    "folder": Path.mkdir, "truncated": half, "empty": Path.touch,
+    "truncated": half, "empty": Path.touch,
     "text": lambda path: path.write_text("identity_id,image_bytes\n" * 100),
     "magic only": lambda path: path.write_bytes(b"PAR1PAR1"),
 }  # fmt: skip

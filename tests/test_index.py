@@ -1,9 +1,11 @@
 """The index: which rows are read, and what its fingerprint sees."""
 
+import re
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import PEOPLE, numbered_picture, numbered_rows, stream_of, write_rows
+from conftest import PEOPLE, moved_pictures, numbered_picture, numbered_rows, write_rows
 
 import dataio
 
@@ -45,6 +47,7 @@ def test_the_fingerprint_follows_the_rows_and_not_the_folder(tmp_path):
 
     base = fingerprint("one", rows)
     assert fingerprint("two", rows) == base
+    assert dataio.build_index(str((tmp_path / "two/a.parquet").rename(tmp_path / "b.parquet")), None).fingerprint == base
     assert fingerprint("three", rows[:-1]) != base
     assert fingerprint("four", [*rows[:-1], rows[-1] | {"image_bytes": numbered_picture(9) + b"more"}]) != base
     assert fingerprint("five", rows, PEOPLE[:30]) != base
@@ -62,10 +65,58 @@ def test_the_fingerprint_sees_other_people_in_rows_of_the_same_size(tmp_path):
     assert found[0] != found[1]
 
 
-def test_the_stream_fingerprint_changes_with_what_changes_the_order(source):
-    found = [
-        stream_of(source, **o).fingerprint
-        for o in ({}, {"shuffle_files": False}, {"shuffle_buffer": 61}, {"allowed_identities": PEOPLE[:9]})
-    ]
-    assert len(set(found)) == 4
-    assert stream_of(source, batch_read_rows=3).fingerprint == found[0]
+def marks(path, rows, **options):
+    return dataio.mark_files(dataio.build_index(str(write_rows(path, rows, **options)), None))
+
+
+ROWS = numbered_rows(PEOPLE)
+MAY_CHANGE = {
+    "nothing": ("a", ROWS, {}),
+    "name": ("b", ROWS, {}),
+    "compression": ("a", ROWS, {"compression": "zstd"}),
+    "name and compression": ("b", ROWS, {"compression": "none", "use_dictionary": False}),
+}
+
+
+@pytest.mark.parametrize("kind", MAY_CHANGE)
+def test_name_and_compression_of_a_file_may_change(tmp_path, kind):
+    name, rows, options = MAY_CHANGE[kind]
+    found = marks(tmp_path / "new" / f"{name}.parquet", rows, **options)
+    assert dataio.changed_files(marks(tmp_path / "old/a.parquet", ROWS), found, plain=True) == []
+
+
+MUST_NOT_CHANGE = {
+    "rows": (ROWS[:-1], {}),
+    "people": ([row | {"identity_id": row["identity_id"][::-1]} for row in ROWS], {}),
+    "pictures": (moved_pictures(ROWS), {"compression": "zstd"}),
+    "row groups": (ROWS, {"compression": "zstd", "group": 7}),
+    "bytes": ([*ROWS[:40], ROWS[40] | {"image_bytes": numbered_picture(9)}, *ROWS[41:]], {}),
+}
+
+
+@pytest.mark.parametrize("kind", MUST_NOT_CHANGE)
+def test_what_else_of_a_file_changed_is_told(tmp_path, kind):
+    rows, options = MUST_NOT_CHANGE[kind]
+    old, new = marks(tmp_path / "a.parquet", ROWS), marks(tmp_path / "a.parquet", rows, **options)
+    [told] = dataio.changed_files(old, new, plain=True)
+    assert re.match(rf"a\.parquet differs in .*{kind}", told)
+    assert bool(dataio.changed_files(old, new, plain=False)) == (kind != "row groups")  # a permutation does not depend on them
+
+
+def test_files_that_come_in_another_order_are_told_with_their_new_names(tmp_path):
+    for name, people in (("a", PEOPLE[:30]), ("b", PEOPLE[30:]), ("c", PEOPLE[:7])):
+        write_rows(tmp_path / f"{name}.parquet", numbered_rows(people))
+    old = dataio.mark_files(dataio.build_index(str(tmp_path), None))
+    (tmp_path / "a.parquet").rename(tmp_path / "x.parquet")
+    (tmp_path / "c.parquet").unlink()
+    write_rows(tmp_path / "y.parquet", numbered_rows(PEOPLE[:9]))
+    told = dataio.changed_files(old, dataio.mark_files(dataio.build_index(str(tmp_path), None)), plain=True)
+    assert told == ["a.parquet differs in name (x.parquet)", "c.parquet is gone", "y.parquet is new"]
+
+
+def test_the_pictures_of_a_few_files_only_are_read_for_the_marks(tmp_path):
+    for n in range(2 * dataio.MARKED_FILES + 1):
+        write_rows(tmp_path / f"identity_id={n:02d}/part-0.parquet", numbered_rows([f"{n:02d}"] * 20))
+    found = dataio.mark_files(dataio.build_index(str(tmp_path), None))
+    assert [mark["name"] for mark in found][3] == "identity_id=03/part-0.parquet"
+    assert 4 <= sum(mark["pictures"] is not None for mark in found) <= dataio.MARKED_FILES

@@ -57,6 +57,7 @@ def plain_scores(vectors, drawn, template):
         (lambda v: np.where(np.arange(len(v))[:, None] == 7, np.nan, v), "1 of .* NaN or infinity, first row 7"),
         (lambda v: np.where(np.arange(len(v))[:, None] == 3, np.inf, v), "first row 3"),
         (lambda v: v * np.where(np.arange(len(v)) > 4, 1.01, 1)[:, None], "not of unit length, first row 5"),
+        (lambda v: v * (np.arange(len(v)) != 3)[:, None], "1 of .* are zero, first row 3"),
         (lambda v: np.repeat(v[:1], 9, axis=0), "all 9 vectors are equal"),
     ],
 )
@@ -424,6 +425,11 @@ def test_independent_images_have_the_plain_wilson_interval():
     z, n, p = 1.959964, 2000, 0.95
     centre, half = (p + z**2 / 2 / n), z * np.sqrt(p * (1 - p) / n + z**2 / 4 / n**2)
     assert (found.low, found.high) == pytest.approx(((centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)), abs=1e-3)
+
+
+def test_no_interval_ends_at_a_negative_zero():
+    counts = np.linspace(1, 50, 500)
+    assert not any(np.signbit(end).any() for rate in (0.0, 1.0) for end in m.wilson(np.full(500, rate), counts))
 
 
 def test_a_figure_without_a_miss_counts_each_identity_once():

@@ -1,9 +1,13 @@
 """Going on with a run: to the same bits, and only with the settings and data that it was started on."""
 
+import shutil
 import time
 
+import pyarrow.parquet as pq
 import pytest
-from runs import SERVER, assert_same_run, state_of, train
+import torch
+from conftest import write_rows
+from runs import SERVER, assert_same_run, refusal, settings, state_of, train
 
 import sniperface
 
@@ -41,6 +45,50 @@ def test_a_cache_that_would_change_the_order_is_refused_before_it_is_made(words,
     with pytest.raises(ValueError, match="decoded draws in another order"):
         train(words, tmp_path / "run", "data.cache=decoded")
     assert not (tmp_path / "cache").exists()
+
+
+def written_anew(path, new, group, **options):
+    """The rows of a file in a new one that takes its place."""
+    rows = pq.read_table(path).to_pylist()
+    path.unlink()
+    write_rows(new, rows, group=group, **options)
+
+
+@pytest.mark.parametrize(("cache", "group"), [("none", None), ("decoded", None), ("decoded", 13)])
+def test_a_run_goes_on_to_the_same_bits_when_files_were_renamed_and_compressed_otherwise(words, tmp_path, people, cache, group):
+    mine = shutil.copytree(people, tmp_path / "data")
+    path, new = mine / "digiface1m_000.parquet", mine / "digiface1m_new name=1.parquet"
+    more = [f"data.digiface_glob={mine}/digiface*.parquet", f"data.cache={cache}"]
+    train(words, tmp_path / "whole", *more)
+    train(words, tmp_path / "parts", *more, "train.max_steps=5")
+    written_anew(path, new, group or pq.ParquetFile(path).metadata.row_group(0).num_rows, compression="gzip")
+    train(words, tmp_path / "parts", *more)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_other_row_groups_and_another_order_of_the_files_are_refused_and_told(words, tmp_path, people):
+    mine = shutil.copytree(people, tmp_path / "data")
+    path, copy = mine / "digiface1m_000.parquet", mine / "digiface1m_001.parquet"
+    shutil.copy(mine / "digi2real_000.parquet", copy)
+    more = [f"data.digiface_glob={mine}/digiface*.parquet", "train.max_steps=3"]
+    train(words, tmp_path / "run", *more)
+    copy.rename(mine / "digiface1m_.parquet")
+    told = refusal(lambda: train(words, tmp_path / "run", *more))
+    assert "digiface: digiface1m_001.parquet differs in name (digiface1m_.parquet); restore files and order" in told
+    (mine / "digiface1m_.parquet").rename(copy)
+    written_anew(path, path, 13, compression="gzip")
+    assert "digiface: digiface1m_000.parquet differs in row groups;" in refusal(lambda: train(words, tmp_path / "run", *more))
+
+
+def test_a_checkpoint_without_marks_of_its_files_is_refused_on_resume(words, tmp_path):
+    train(words, tmp_path / "run", "train.max_steps=2")
+    state, path = state_of(tmp_path / "run"), tmp_path / "run" / "checkpoints" / "last.pt"
+    del state["meta"]["files"]
+    path.unlink()
+    torch.save(state, path)
+    sniperface.seal(path)
+    assert "are of an older program" in refusal(lambda: train(words, tmp_path / "run"))
+    sniperface.embed(settings(*words), tmp_path / "run")  # which needs none
 
 
 def test_what_a_killed_process_left_half_written_goes_with_the_next_start(words, tmp_path):

@@ -91,6 +91,28 @@ def test_the_same_rows_in_two_schemas_beside_a_file_without_rows_give_the_same_v
     np.testing.assert_allclose([found[k] for k in wanted], list(wanted.values()), atol=1e-5)
 
 
+def test_folders_by_hive_go_through_every_command_like_files(data, unbroken, tmp_path):
+    for name, rows in (("digiface", rows_of(data)), ("digi2real", rows_of(data, "digi2real_000"))):
+        for identity, group in itertools.groupby(rows, lambda row: row["identity_id"]):
+            plain = [{key: row[key] for key in ("image_filename", "image_bytes")} for row in group]
+            write_rows(tmp_path / f"{name}.parquet/identity_id={identity}/part-0.parquet", plain)
+    globs = [quoted(f"data.{source}_glob", tmp_path / f"{source}.parquet") for source in ("digiface", "digi2real")]
+    metrics = run_all(job(tmp_path, tmp_path, *globs), tmp_path)
+    assert metrics["leaks"]["pictures_in_train"] == 0
+    path = Path("embeddings/test_embeddings.parquet")
+    assert vectors_by_picture(tmp_path / "run" / path).keys() == vectors_by_picture(unbroken / "run" / path).keys()
+    cfg = job(tmp_path, tmp_path, *globs, quoted("embed.test_glob", tmp_path / "digi2real.parquet"))
+    sniperface.embed(cfg, tmp_path / "run", {"embed.test_glob"})
+    assert len(pq.read_table(tmp_path / "run" / path)) == len(rows_of(data, "digi2real_000"))
+    sniperface.split(cfg)
+    sides = dataio.read_identity_splits(cfg.split.table).identities
+    train_rows = [
+        row for path in dataio.find_files(f"{cfg.split.out_dir}/train/digiface") for row in pq.read_table(path).to_pylist()
+    ]
+    wanted = [row for row in rows_of(data) if row["identity_id"] in sides["train"]]
+    assert sorted(map(str, train_rows)) == sorted(map(str, wanted))
+
+
 def test_a_footer_that_hides_rows_is_refused_and_no_row_is_left_out_silently(data, tmp_path, monkeypatch):
     index = dataio.build_index(str(data / "digi2real_000.parquet"), None)
     real = pq.ParquetFile.iter_batches
@@ -162,11 +184,13 @@ REFUSED_EMBEDDINGS = {
     "no rows": lambda path, table: pq.write_table(table.slice(0, 0), path),
     "no embedding": lambda path, table: pq.write_table(table.drop_columns("embedding"), path),
     "column twice": lambda path, table: pq.write_table(table.append_column("identity_id", table["identity_id"]), path),
-    "doubles": with_column("embedding", lambda t: t["embedding"].cast(pa.list_(pa.float64(), 512))),
-    "lists": with_column("embedding", lambda t: t["embedding"].cast(pa.list_(pa.float32()))),
+    "integers": with_column("embedding", lambda t: pa.array([[1, 0]] * len(t))),
+    "no lists": with_column("embedding", lambda t: pa.array([1.0] * len(t))),
+    "two widths": with_column("embedding", lambda t: pa.array([[1.0] * (1 + i % 2) for i in range(len(t))])),
     "no width": with_column("embedding", lambda t: pa.array([[]] * len(t), pa.list_(pa.float32(), 0))),
     "nan": with_vectors(lambda v: np.where(np.arange(len(v))[:, None] == 2, np.float32("nan"), v)),
-    "not unit": with_vectors(lambda v: v * np.float32(2)),
+    "ours, not unit": with_vectors(lambda v: v * np.float32(2)),
+    "zero": with_vectors(lambda v: v * (np.arange(len(v)) != 2)[:, None].astype(np.float32)),
     "null vector": with_column("embedding", lambda t: pa.array([None, *t["embedding"].to_pylist()[1:]], t["embedding"].type)),
     "null identity": with_column("identity_id", lambda t: pa.array([None, *t["identity_id"].to_pylist()[1:]])),
     "null filename": with_column("image_filename", lambda t: pa.array([None, *t["image_filename"].to_pylist()[1:]])),

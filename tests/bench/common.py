@@ -26,7 +26,7 @@ import yaml
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # so that a benchmark runs from anywhere
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # so that a benchmark runs from anywhere
 
 import dataio  # noqa: E402
 
@@ -72,15 +72,15 @@ def write_digiface(folder: Path, share: float = 1.0) -> str:
     return write_rows(folder / f"digiface_{share:.2f}.parquet", np.repeat(np.arange(len(counts)), counts), [bytes(16)])
 
 
-def read_settings(group: str, name: str) -> dict:
-    """One group of conf/ as plain values, without Hydra, which the GPU machine may lack."""
-    return yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text())
+def read_settings(name: str) -> dict:
+    """One file of conf/ as plain values, without Hydra, which the GPU machine may lack."""
+    return yaml.safe_load((ROOT / "conf" / f"{name}.yaml").read_text())
 
 
 def read_augmentation() -> dataio.AugmentConfig:
     """conf/augment/default.yaml"""
-    settings = read_settings("augment", "default")
-    return dataio.AugmentConfig(**{k: dataio.Op(**v) if isinstance(v, dict) else v for k, v in settings.items()})
+    settings = read_settings("augment/default").items()
+    return dataio.AugmentConfig(**{name: dataio.Op(**value) if isinstance(value, dict) else value for name, value in settings})
 
 
 def keep_freed_memory(keep: bool) -> None:

@@ -23,16 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from common import compare, peak_mb, rate_of, seconds_of
-from hydra import compose, initialize_config_dir
+from runs import settings
 
 import dataio
 import moco
 import sniperface
-
-
-def settings(*overrides: str) -> sniperface.Config:
-    with initialize_config_dir(str(common.ROOT / "conf"), version_base="1.3"):
-        return sniperface.load_config(compose("config", list(overrides)))
 
 
 def made_vectors(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
@@ -49,15 +44,15 @@ def made_vectors(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
 
 def measure_eval(args: argparse.Namespace, folder: Path) -> None:
     """Goal 12. FAISS searches the same centroids for the same 21 nearest, in one call."""
-    (vectors, identity), enrolled = made_vectors(args), 5 * args.templates
+    (vectors, identity), enrolled, last = made_vectors(args), 5 * args.templates, moco.CMC_RANKS[-1]
     gallery = moco.build_gallery(vectors[:enrolled], identity[:enrolled], "centroid")
-    probes, own = vectors[enrolled:], gallery.index(identity[enrolled:])
+    asked = vectors, np.arange(enrolled, len(vectors)), gallery.index(identity[enrolled:]), gallery
     index = faiss.IndexFlatIP(512)
     index.add(gallery.vectors)
     faiss.omp_set_num_threads(torch.get_num_threads())  # as many for both
-    alone = partial(seconds_of, lambda: index.search(probes, 21))
-    ranks = partial(seconds_of, lambda: moco.search(probes, own, gallery))
-    counted = partial(seconds_of, lambda: moco.search(probes, own, gallery, count=True))
+    alone = partial(seconds_of, lambda: index.search(vectors[enrolled:], last + 1))
+    ranks = partial(seconds_of, lambda: moco.search(*asked, last))
+    counted = partial(seconds_of, lambda: (moco.search(*asked, last), moco.count_pairs(*asked, moco.pick_device("auto"))))
     what = f"{args.probes} probes x {args.templates} (s)"
     compare(
         args.rounds,
@@ -75,26 +70,40 @@ def run_eval(folder: Path, overrides: list[str]) -> None:
 
 def measure_whole_eval(args: argparse.Namespace, folder: Path) -> None:
     """command=eval in a process of its own, on files as embed writes them; pictures are named by their row."""
-    vectors, identity = made_vectors(args)
-    names = pa.table({"identity_id": identity.astype(str), "image_filename": np.arange(len(identity)).astype(str)})
+    (vectors, identity), rows = made_vectors(args), np.arange(5 * args.templates + args.probes)
+    names = pa.table({"identity_id": identity.astype(str), "image_filename": rows.astype(str), "image_hash": rows})
     for name, width in (("", 512), (".untrained", 512), (".pca", 128)):
-        path, part = folder / f"test_embeddings{name}.parquet", np.ascontiguousarray(vectors[:, :width])
-        faiss.normalize_L2(part)
-        pq.write_table(sniperface.embedding_table(names, "file", part), path, 4096, compression="none", write_page_checksum=True)
+        writer = dataio.VectorWriter(folder / f"test_embeddings{name}.parquet", {})
+        for first in range(0, len(rows), args.batch):
+            part = np.ascontiguousarray(vectors[first : first + args.batch, :width])
+            faiss.normalize_L2(part)
+            writer.add(names.slice(first, args.batch), "file", part)
+        writer.close({})
     seconds, peak, _ = common.in_own_process(run_eval, folder, args.eval)
     what = f"command=eval {' '.join(args.eval)}, {args.probes} probes x {args.templates}: {seconds:.0f} s, peak memory (MB)"
     compare(1, ("12", what, lambda: peak, "limit", 3000.0, "<= 1"))
 
 
 def measure_embedding(name: str, rows: int, args: argparse.Namespace, folder: Path) -> None:
-    """Goal 11: the same rows through the command's own function and batches through the encoder alone."""
-    path, out, device = common.write_faces(folder, rows), folder / "vectors.parquet", sniperface.pick_device("auto")
-    cfg = settings(f"backbone={name}", f"embed.batch_size={args.batch}", f"data.workers={args.cores}")
-    source = {"digiface": (dataio.build_index(path, None), dataio.COLUMNS)}
-    encode = sniperface.backbone_encoder(moco.build_backbone(cfg.backbone), device, flip=False)
-    images = torch.randint(0, 256, (args.batch, 112, 112, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-    ours = partial(rate_of, lambda: sniperface.write_embeddings({out: encode}, source, cfg, {out: {}}, None), 0, warm=0)
-    forward = partial(rate_of, lambda: len(encode(images)), 1.0)
+    """Goal 11: the same rows through the loop of the command, from open files on, and batches through the encoder alone."""
+    index, device = dataio.build_index(common.write_faces(folder, rows), None), moco.pick_device("auto")
+    sniperface.configure_process(device, deterministic=True, tf32=False)
+    cfg = settings(f"backbone={name}", f"data.workers={args.cores}")
+    encoder = moco.freeze(moco.build_backbone(cfg.backbone), device, flip=False)
+    pictures = torch.randint(0, 256, (args.batch, 112, 112, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        return encoder(dataio.to_float(images.to(device)))
+
+    def write_vectors() -> int:
+        with dataio.write_whole(folder / "vectors.parquet") as temporary:
+            writer = dataio.VectorWriter(temporary, {})
+            for table, images in dataio.decoded_rows(index, cfg.data, args.batch):
+                writer.add(table, "digiface", encode(images).numpy())
+            writer.close({})
+        return writer.rows
+
+    ours, forward = partial(rate_of, write_vectors, 0, warm=0), partial(rate_of, lambda: len(encode(pictures)), 1.0)
     what = f"{name}, batch {args.batch}: embed, {rows} PNG"
     compare(args.rounds, ("11", what, ours, "forward alone", forward, ">= 0.9"))
 

@@ -26,10 +26,9 @@ from pathlib import Path
 
 import common
 import pyarrow.parquet as pq
-
-sys.path.insert(0, str(common.ROOT / "tests"))
-
-from test_faults import KILLED, bits, die_at, job, result, watch_writes
+from demo_faces import draw_face, write_demo_faces
+from runs import bits, job, result
+from test_kills import KILLED, die_at, watch_writes
 
 import dataio
 import sniperface
@@ -121,7 +120,7 @@ def damage(whole: bytes, rng: random.Random) -> bytes:
 
 
 def write_pictures(folder: Path) -> list[Path]:
-    face = dataio.draw_face(3, 1, "digi2real", seed=0)
+    face = draw_face(3, 1, "digi2real", seed=0)
     grey, few = face.convert("L"), face.quantize()
     kinds = [("png", face, {}), ("png", grey, {}), ("png", grey.convert("I;16"), {}), ("png", face.convert("RGBA"), {})]
     kinds += [("png", few, {"transparency": 3}), ("gif", few, {}), ("bmp", face, {}), ("webp", face, {})]
@@ -144,7 +143,7 @@ def read_data(path: Path) -> bool:
     dataio.read_metadata(path)
     dataio.collect_unique_identities(str(path))
     stream = dataio.ParquetImageStream(str(path), image_size=32, max_bad_fraction=1.0)
-    rows = sum(len(part) for part in dataio.read_rows(stream.index, dataio.COLUMNS))
+    rows = sum(len(part) for part in dataio.read_rows(stream.index))
     return sum(1 for _ in stream) == rows == len(stream)
 
 
@@ -187,16 +186,17 @@ def fuzz(read: Callable[[Path], bool], whole: list[bytes], seconds: float, seed:
 def inject(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Counter]]:
     """Each kind of fault and how often it was injected, with what came of it."""
     data, home = folder / "data", folder / "unbroken"
-    dataio.write_demo_faces(data, identities=16, images_digiface=4, images_digi2real=3, size=32, seed=1)
+    data.mkdir()
+    write_demo_faces(data, identities=16, images_digiface=4, images_digi2real=3, size=32, seed=1)
     whole_run(home, data)  # here, so that each fork finds the libraries warm
     if args.kills:
         yield from kill_runs(args.kills, random.Random(args.seed), data, folder).items()
     weights, sides = bits(sniperface.load_checkpoint(home / "run/checkpoints/last.pt")), {"train", "val", "test"}
     targets = {
         "picture": (read_picture, write_pictures(folder)),
-        "parquet data": (read_data, [*data.glob("*.parquet"), *home.glob("splits/*/*.parquet")]),
+        "parquet data": (read_data, [*data.glob("*.parquet"), *home.glob("splits/*/*/*.parquet")]),
         "checkpoint": (lambda path: bits(sniperface.load_checkpoint(path)) == weights, home.glob("run/checkpoints/last.pt")),
-        "embeddings": (lambda path: len(sniperface.read_embeddings(path).vectors) > 0, home.glob("run/*/test_embeddings.parquet")),
+        "embeddings": (lambda path: len(dataio.read_vectors(path).vectors) > 0, home.glob("run/*/test_embeddings.parquet")),
         "split table": (lambda path: dataio.read_identity_splits(path).identities.keys() == sides, home.glob("splits/*.parquet")),
     }
     for kind, (read, paths) in targets.items() if args.fuzz_seconds else ():

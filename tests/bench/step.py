@@ -2,10 +2,10 @@
 
     uv run python tests/bench/step.py [--model tiny iresnet50] [--batch N] [--queue N] [--seconds S] [--compile] [--no-loop]
 
-Rows 8 (CPU) and 9 (GPU) are the step, row 10 the loop from each kind of data beside the step alone. Ours: the project's MoCo (guard
-and all), bf16 where the device has it, channels_last, fused SGD, views made in the step. The usual way: the same encoder eager in
-NCHW, MoCo as in facebookresearch/moco with a cloned queue and an .item() a step, the framework's default autocast, views ready
-beforehand. Runs with torch >= 2.11, without Hydra, polars and faiss. Rates are pairs a second.
+Rows 8 (CPU) and 9 (GPU) are the step, row 10 the loop from each kind of data beside the step alone. Ours: `Training.take_step` as
+conf/config.yaml sets it, guard and all, in the precision of train.amp=auto, views made in the step. The usual way: the same encoder
+eager in NCHW, MoCo as in facebookresearch/moco with a cloned queue and an .item() a step, the framework's default autocast, views
+ready beforehand. Runs with torch >= 2.11, without Hydra, polars and faiss. Rates are pairs a second.
 """
 
 import argparse
@@ -26,8 +26,8 @@ import moco
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 
-def build_encoder(name: str) -> moco.IResNet:
-    return moco.build_backbone(moco.BackboneConfig(**common.read_settings("backbone", name)))
+def read_backbone(name: str) -> moco.BackboneConfig:
+    return moco.BackboneConfig(**common.read_settings(f"backbone/{name}"))
 
 
 def product_rate(dtype: torch.dtype) -> float:
@@ -41,30 +41,18 @@ class OurStep:
     """The step of sniperface.run_steps, from pictures or from views."""
 
     def __init__(self, name: str, args: argparse.Namespace):
-        loss = moco.MarginNCE(temperature=0.07, margin=0.1)
-        self.model = moco.MoCo(build_encoder(name), moco.ProjectionHead("none"), loss, args.queue)
-        self.model.queue.copy_(F.normalize(torch.randn(args.queue, 512)))
-        self.model.to(DEVICE, memory_format=torch.channels_last).train()
-        trained = [p for p in self.model.query.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True)
-        self.augmentation, self.number = common.read_augmentation(), 0
-        self.precision = max((torch.float32, torch.bfloat16), key=product_rate)
-        for encoder in (self.model.query, self.model.key) if args.compile else ():
-            encoder.compile()
+        settings, self.augmentation = common.read_settings("config"), common.read_augmentation()
+        model = moco.build_moco(read_backbone(name), moco.MocoConfig(**settings["moco"] | {"queue_size": args.queue}), seed=0)
+        model.queue.copy_(F.normalize(torch.randn_like(model.queue)))
+        self.training = moco.Training(model, moco.TrainConfig(**settings["train"]), DEVICE)
+        if args.compile:
+            self.training.compile()
 
     def views(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return dataio.two_views(images, self.augmentation, dataio.draw(0, "augment", self.number))
+        return dataio.two_views(images, self.augmentation, dataio.draw(0, "augment", self.training.step))
 
     def __call__(self, view_q: Tensor, view_k: Tensor) -> int:
-        with torch.autocast(DEVICE.type, self.precision, enabled=self.precision != torch.float32):
-            out = self.model(view_q, view_k, dataio.draw(0, "shuffle", self.number))
-        out.loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.query.parameters(), float("inf"))  # the log's gradient norm
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.model.update_key_encoder(0.999)
-        self.model.enqueue(out.keys)
-        self.number += 1
+        self.training.take_step(view_q, view_k, 0.1, 0.999, dataio.draw(0, "step", self.training.step))
         return len(view_q)
 
 
@@ -72,7 +60,7 @@ class UsualStep:
     """MoCo as it is usually written (facebookresearch/moco, builder.py and main_moco.py) on one device."""
 
     def __init__(self, name: str, args: argparse.Namespace, amp: bool = True):
-        self.query = build_encoder(name).to(DEVICE).train()
+        self.query = moco.build_backbone(read_backbone(name)).to(DEVICE).train()
         for module in self.query.modules():
             if isinstance(module, nn.PReLU):
                 module.__class__ = nn.PReLU  # the framework's own, whatever ours is
@@ -131,8 +119,8 @@ def measure_step(name: str, args: argparse.Namespace) -> None:
         rows.append((number, f"{what}: step with augmentation", whole, "required", 3500.0, ">= 1"))
         rows.append((number, f"{what}: step with augmentation", whole, "the goal", 5000.0, ">= 1"))
     rows.append((number, f"{what}: augmentation's share of that", whole, "augmentation alone", augmentation, "<= 0.08"))
-    what += f", {pair / 1e9:.2f} GFLOP a pair"
-    rows.append((number, what, whole, f"{ours.precision} matmul", lambda: product_rate(ours.precision) / pair, ""))
+    what, precision = f"{what}, {pair / 1e9:.2f} GFLOP a pair", ours.training.precision
+    rows.append((number, what, whole, f"{precision} matmul", lambda: product_rate(precision) / pair, ""))
     compare(args.rounds, *rows)
 
 
@@ -141,7 +129,7 @@ def measure_loop(name: str, args: argparse.Namespace, folder: Path) -> None:
     faces, table = common.write_faces(folder, args.rows), folder / "splits.parquet"
     dataio.write_identity_splits(dataio.collect_unique_identities(faces), table, 0.9, seed=0)
     stream = dataio.ParquetImageStream(list(map(str, dataio.materialize_split(faces, table, folder / "train", "train"))))
-    caches = dataio.DeviceCache(stream, folder / "cache", None, DEVICE), dataio.DecodedCache(stream, folder / "cache")
+    caches = dataio.DecodedCache(stream, folder / "cache", device=DEVICE), dataio.DecodedCache(stream, folder / "cache")
     step, images, rows = OurStep(name, args), made_batch(name, args), []
     alone = partial(rate_of, lambda: step(*step.views(images)), args.seconds)
     for source, data in zip(("device cache", "decoded cache", "materialised shards"), (*caches, stream), strict=True):

@@ -1,0 +1,86 @@
+"""command=check: what would go wrong later is told at once, and nothing stays but its page."""
+
+import json
+
+import numpy as np
+import pytest
+import runs
+import torch
+from conftest import write_rows
+from runs import job, quoted, refusal, rows_of
+
+import moco
+import sniperface
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+
+def checked(data, home, *more):
+    (home / "run").mkdir(parents=True, exist_ok=True)
+    return lambda: sniperface.check(job(home, data, *more), home / "run", set())
+
+
+def test_a_sound_run_is_described_and_nothing_else_is_left(data, tmp_path):
+    checked(data, tmp_path)()
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["run", "run/check.json"]
+    page = json.loads((tmp_path / "run" / "check.json").read_text())
+    assert page["refused"] == []
+    assert page["train"]["rows"] + page["test"]["rows"] == sum(len(rows_of(data, f"{name}_000")) for name in runs.SOURCES.values())
+    assert page["train"]["sample"]["formats"].keys() == {"PNG", "JPEG"}
+    assert page["eval"]["probes"] > 0
+    steps = page["steps"]
+    assert steps["pairs_per_s"] > 0
+    assert steps["hours"] >= 0
+    assert steps["checkpoints_gb"] > 0
+    assert steps["apart"]["checkpoint"] == {"loss": 0, "grad_norm": 0, "keys": 0}
+
+
+def spoilt(data, home, change):
+    for name in runs.SOURCES.values():
+        write_rows(home / "data" / f"{name}_000.parquet", change(rows_of(data, f"{name}_000")))
+    return home / "data"
+
+
+TWO_EACH = lambda rows: [row for row in rows if int(row["image_filename"].split("/")[1].split(".")[0]) < 1]  # noqa: E731
+DOUBLED = lambda rows: rows + rows  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("change", "told"), [(TWO_EACH, "no probes left"), (DOUBLED, "repeat an image")], ids=["two each", "doubled"]
+)
+def test_a_test_side_that_cannot_be_evaluated_is_refused_by_all_before_the_first_step_and_told_by_train(
+    data, tmp_path, change, told, caplog
+):
+    mine = spoilt(data, tmp_path, change)
+    assert told in refusal(checked(mine, tmp_path / "check"))
+    assert told in json.loads((tmp_path / "check" / "run" / "check.json").read_text())["refused"][0]
+    whole = job(tmp_path, mine, "command=all", "train.batch_size=4", "train.max_steps=1")
+    assert told in refusal(lambda: sniperface.train(whole, tmp_path / "whole"))
+    assert not (tmp_path / "whole" / "checkpoints").exists()
+    sniperface.train(job(tmp_path, mine, "train.batch_size=4", "train.max_steps=1"), tmp_path / "alone")
+    assert told in caplog.text
+
+
+def test_several_refusals_are_told_at_once(data, tmp_path):
+    broken = quoted("data.digi2real_glob", tmp_path / "none.parquet")
+    told = refusal(checked(data, tmp_path, broken))
+    assert "rows of train" in told
+    assert "rows of test" in told
+
+
+def test_a_step_that_comes_out_differently_is_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(moco, "compare_steps", lambda *_, **__: {"loss": 0.1, "grad_norm": 0.0, "keys": 0.0})
+    assert "comes out differently" in refusal(checked(data, tmp_path))
+
+
+def test_two_states_are_apart_by_what_was_changed_in_one(data, tmp_path):
+    cfg = job(tmp_path, data)
+    one, other = (moco.Training(sniperface.build_model(cfg), cfg.train, torch.device("cpu")) for _ in range(2))
+    views = torch.rand(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert moco.compare_steps(one, other, *views, seed=0) == {"loss": 0, "grad_norm": 0, "keys": 0}
+    with torch.no_grad():
+        other.model.query.backbone.fc.weight.mul_(1 + 1e-2 * torch.rand(other.model.query.backbone.fc.weight.shape))
+    apart = moco.compare_steps(one, other, *views, seed=0)
+    assert np.isfinite(list(apart.values())).all()
+    assert apart["loss"] > 0
+    assert apart["grad_norm"] > 0
