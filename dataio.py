@@ -203,6 +203,7 @@ class Columns:
 
 
 COLUMNS = Columns("identity_id", "image_filename", "image_bytes")  # the contract's own names
+HUGGINGFACE = Columns("label", "image.path", "image.bytes")  # as its `datasets` writes pictures
 
 
 @contextmanager
@@ -232,15 +233,28 @@ def with_path_columns(table: pa.Table, path: Path) -> pa.Table:
     return table
 
 
-def check_contract(path: Path, schema: pa.Schema, columns: Columns) -> None:
-    """Raise ValueError unless `schema` has the three columns with types that can hold an identity, a name and an image."""
-    t, schema = pa.types, with_path_columns(schema.empty_table(), path).schema
+def check_contract(path: Path, schema: pa.Schema, asked: Columns) -> Columns:
+    """The three columns by their names in this file: where it lacks ours, HuggingFace's, and "" where pictures have no names.
+
+    Raises ValueError where there are none, or of types that cannot hold an identity, a name and an image.
+    """
+    with naming(path):
+        table, t = with_path_columns(schema.empty_table().flatten(), path), pa.types  # a field of a struct is called struct.field
+        schema = table.schema
+    columns, there = replace(asked), set(schema.names)
+    for key, theirs in vars(HUGGINGFACE).items() if HUGGINGFACE.image in there else ():
+        if getattr(asked, key) == getattr(COLUMNS, key) not in there and theirs in there:
+            setattr(columns, key, theirs)
+    if columns.filename == COLUMNS.filename not in there:
+        columns.filename = ""
     text = (t.is_string, t.is_large_string, t.is_string_view)
     for name, kind, fits in (
         (columns.identity, "string or integer", (*text, t.is_integer)),
-        (columns.filename, "string", text),
+        (columns.filename, "string", (*text, t.is_null)),
         (columns.image, "binary", (t.is_binary, t.is_large_binary, t.is_binary_view)),
     ):
+        if name == columns.filename == "":
+            continue
         if schema.names.count(name) != 1:
             count = schema.names.count(name)
             raise ValueError(f"{path}: {count} columns called {name!r}, found {schema.names}; set data.columns to the names in it")
@@ -248,6 +262,7 @@ def check_contract(path: Path, schema: pa.Schema, columns: Columns) -> None:
         found = found.value_type if t.is_dictionary(found) else found
         if not any(test(found) for test in fits):
             raise ValueError(f"{path}: column {name!r} is {schema.field(name).type}, must be {kind}")
+    return columns
 
 
 def read_strings(parquet: pq.ParquetFile, path: Path, name: str) -> pa.Array:
@@ -256,7 +271,7 @@ def read_strings(parquet: pq.ParquetFile, path: Path, name: str) -> pa.Array:
     Raises ValueError for nulls and for what is damaged.
     """
     with naming(path):
-        column = with_path_columns(parquet.read(columns=[name], use_threads=False), path)[name]
+        column = with_path_columns(parquet.read(columns=[name], use_threads=False), path).flatten()[name]
         column.validate(full=True)  # a string that is not valid UTF-8
         strings = pc.cast(column, pa.large_string()).combine_chunks()
     if column.null_count:
@@ -281,20 +296,31 @@ def stamp(path: Path) -> tuple[int, int]:
     return path.stat().st_size, path.stat().st_mtime_ns
 
 
+def name_labels(path: Path, schema: pa.Schema, column: str, labels: pa.DictionaryArray) -> pa.DictionaryArray:
+    """The names of numbered labels where HuggingFace's metadata has them, else the numbers. Raises ValueError for one without."""
+    with naming(path), suppress(KeyError, TypeError):
+        names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]["names"]
+        numbers = labels.dictionary.to_pylist()
+        if unnamed := [number for number in numbers if not number.isdecimal() or int(number) >= len(names)]:
+            raise ValueError(f"{path}: {column!r} {unnamed[0]} has none of the metadata's {len(names)} names; leave its rows out")
+        return pa.DictionaryArray.from_arrays(labels.indices, pa.array([names[int(n)] for n in numbers], pa.large_string()))
+    return labels
+
+
 @functools.lru_cache(maxsize=256)
-def scan_identities(path: Path, stamped: tuple[int, int], columns: Columns) -> tuple[pq.FileMetaData, pa.Array]:
-    """A file's footer and the identity of each of its rows, read from that column only; `stamped` is its `stamp`.
+def scan_identities(path: Path, stamped: tuple[int, int], asked: Columns) -> tuple[pq.FileMetaData, pa.Array, Columns]:
+    """A file's footer, the identity of each of its rows, read from that column only, and its columns; `stamped` is its `stamp`.
 
     Kept, since a command asks more than once: for the table and for each side of the split. Not by polars, whose threads hang in a
     process that was forked after they had started.
     """
     parquet = open_parquet(path)
-    check_contract(path, parquet.schema_arrow, columns)
+    columns = check_contract(path, parquet.schema_arrow, asked)
     identities = read_strings(parquet, path, columns.identity)
     if parquet.metadata.num_rows != len(identities):
         count = parquet.metadata.num_rows
         raise ValueError(f"{path}: damaged ({len(identities)} identities in {count} rows); fetch it again or leave it out")
-    return parquet.metadata, identities.dictionary_encode()
+    return parquet.metadata, name_labels(path, parquet.schema_arrow, columns.identity, identities.dictionary_encode()), columns
 
 
 # ---- Identities: which are trained on, which are never seen ----
@@ -406,7 +432,7 @@ class RowIndex:
     files: list[pq.FileMetaData]
     paths: list[Path]
     stamps: list[tuple[int, int]]  # size and time of each file
-    columns: Columns
+    columns: list[Columns]  # of each file
     units: np.ndarray  # int32 [U, 2]: file, row group
     starts: np.ndarray  # int64 [U + 1]: allowed rows before each unit
     unit: np.ndarray  # int32 [N]: unit of each allowed row, ascending
@@ -429,32 +455,21 @@ class RowIndex:
     def identities(self) -> list[str]:
         """The identity of each row: for figures about the data, never for training."""
         file = self.units[self.unit, 0]
-        scans = (scan_identities(path, stamped, self.columns)[1] for path, stamped in zip(self.paths, self.stamps, strict=True))
+        scans = (scan_identities(*told)[1] for told in zip(self.paths, self.stamps, self.columns, strict=True))
         return [name for n, scan in enumerate(scans) for name in scan.take(self.place_in_file[file == n]).to_pylist()]
 
     def image_bytes(self) -> int:
         """About how many bytes the images of these rows take, from the files' own figures."""
         groups = [self.files[number].row_group(group) for number, group in self.units.tolist()]
-        total = sum(image_chunk(group, self.columns).total_uncompressed_size for group in groups)
+        total = sum(group.total_byte_size for group in groups)
         return total * len(self) // max(1, sum(group.num_rows for group in groups))
 
 
-def image_chunk(group: pq.RowGroupMetaData, columns: Columns) -> pq.ColumnChunkMetaData:
-    return next(chunk for chunk in map(group.column, range(group.num_columns)) if chunk.path_in_schema == columns.image)
-
-
-def mark_stored(path: Path, metadata: pq.FileMetaData, columns: Columns) -> dict[str, str]:
-    """How the pictures are compressed, and a digest of each row group's size and of both ends of its pictures, 4 kB each."""
-    marks, kinds = [], set()
+def mark_bytes(path: Path, size: int) -> str:
+    """A digest of a file's size and of 4 kB at 64 places of it: it changes when pictures or how they are stored do."""
     with naming(path), open(path, "rb") as file:
-        for group in map(metadata.row_group, range(metadata.num_row_groups)):
-            chunk = image_chunk(group, columns)
-            start = chunk.data_page_offset if chunk.dictionary_page_offset is None else chunk.dictionary_page_offset
-            places = (start, max(start, start + chunk.total_compressed_size - 4096))
-            ends = b"".join(os.pread(file.fileno(), 4096, place) for place in places)
-            marks.append((group.total_byte_size, zlib.crc32(ends)))
-            kinds.add(chunk.compression)
-    return {"compression": " ".join(sorted(kinds)), "bytes": digest(*marks)}
+        places = np.linspace(0, max(0, size - 4096), 64).astype(int).tolist()
+        return digest(size, *(zlib.crc32(os.pread(file.fileno(), 4096, place)) for place in places))
 
 
 def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | None, columns: Columns = COLUMNS) -> RowIndex:
@@ -462,11 +477,11 @@ def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | 
 
     Raises ValueError if there is none.
     """
-    paths, files, marks, parts = find_files(globs), [], [], []
+    paths, files, marks, parts, found = find_files(globs), [], [], [], []
     stamps, root = [stamp(path) for path in paths], os.path.commonpath([path.absolute().parent for path in paths])
     allowed = None if allowed_identities is None else pa.array([*map(str, allowed_identities)], pa.large_string())
     for number, (path, stamped) in enumerate(zip(paths, stamps, strict=True)):
-        metadata, identities = scan_identities(path, stamped, columns)
+        metadata, identities, theirs = scan_identities(path, stamped, columns)
         mask = np.ones(len(identities), bool)
         if allowed is not None:
             is_allowed = pc.is_in(identities.dictionary, value_set=allowed).to_numpy(zero_copy_only=False)
@@ -476,10 +491,13 @@ def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | 
         place = np.flatnonzero(mask).astype(np.int32)
         group = np.searchsorted(before, place, side="right") - 1
         parts.append(np.stack([np.full(len(place), number), group, place - before[group], place]).astype(np.int32))
-        people = digest(zlib.crc32("\n".join(identities.to_pylist()).encode()), zlib.crc32(place))
-        mark = {"name": os.path.relpath(path, root), "rows": len(identities), "row groups": digest(*sizes), "people": people}
-        marks.append(mark | mark_stored(path, metadata, columns))
+        codes, known = identities.indices.to_numpy(), "\n".join(identities.dictionary.to_pylist())
+        marks.append({
+            "name": os.path.relpath(path, root), "rows": len(identities), "row groups": digest(*sizes),
+            "people": digest(*map(zlib.crc32, (known.encode(), codes, place))), "bytes": mark_bytes(path, stamped[0]),
+        })  # fmt: skip
         files.append(metadata)
+        found.append(theirs)
     file, group, row, place = np.concatenate(parts, axis=1)
     if not len(row):
         raise ValueError(
@@ -488,7 +506,7 @@ def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | 
     starts = np.flatnonzero((np.diff(file, prepend=-1) != 0) | (np.diff(group, prepend=-1) != 0))  # first row of each unit
     unit = np.repeat(np.arange(len(starts), dtype=np.int32), np.diff(starts, append=len(row)))
     units, starts = np.stack([file, group], axis=1)[starts], np.append(starts, len(row))
-    return RowIndex(files, paths, stamps, columns, units, starts, unit, row, place, marks)
+    return RowIndex(files, paths, stamps, found, units, starts, unit, row, place, marks)
 
 
 SHARD_SCHEMA = pa.schema([("identity_id", pa.string()), ("image_filename", pa.string()), ("image_bytes", pa.binary())])
@@ -497,21 +515,34 @@ SHARD_SCHEMA = pa.schema([("identity_id", pa.string()), ("image_filename", pa.st
 def read_unit(index: RowIndex, unit: int, rows: np.ndarray, names: Sequence[str], batch_rows: int) -> Iterator[pa.Table]:
     """Some rows of a unit (ascending numbers inside it), as columns `names` of SHARD_SCHEMA; `batch_rows` are read at a time.
 
+    A picture without a name gets one here, its file and row: below the folder that all files share, `train/0000/17`.
     Raises ValueError for a damaged file, and for one that was replaced since it was indexed: its rows may be other people's.
     """
     (number, group), offset = index.units[unit].tolist(), 0
     path, schema = index.paths[number], pa.schema([SHARD_SCHEMA.field(name) for name in names])
-    theirs = [column for name, column in zip(SHARD_SCHEMA.names, vars(index.columns).values(), strict=True) if name in names]
+    columns, first = index.columns[number], index.starts[unit]
+    theirs = [column for name, column in zip(SHARD_SCHEMA.names, vars(columns).values(), strict=True) if name in names]
+    before = int(index.place_in_file[first] - index.row[first])  # rows of the file before this row group
     with naming(f"{path} row group {group}"):
         if not path.exists() or stamp(path) != index.stamps[number]:
             raise ValueError(f"{path}: was replaced or removed since it was indexed; start again")
         parquet = open_parquet(path, index.files[number])
         for batch in parquet.iter_batches(batch_rows, row_groups=[group], columns=theirs, use_threads=False):
             inside = rows[(rows >= offset) & (rows < offset + len(batch))] - offset
-            offset += len(batch)
+            place, offset = before + offset, offset + len(batch)
             if len(inside):
-                table = with_path_columns(pa.Table.from_batches([batch]), path)
-                table = table.select(theirs).rename_columns(names).cast(schema)
+                table = with_path_columns(pa.Table.from_batches([batch]), path).flatten().append_column("", pa.nulls(len(batch)))
+                table = table.select(theirs).rename_columns(names)
+                if "identity_id" in names:
+                    people = scan_identities(path, index.stamps[number], columns)[1].slice(place, len(batch))
+                    table = table.set_column(names.index("identity_id"), "identity_id", people.dictionary_decode())
+                table = table.cast(schema)
+                if "image_filename" in names and table["image_filename"].null_count:
+                    home = os.path.commonpath([os.path.abspath(p.parent) for p in index.paths])
+                    stem, _ = os.path.splitext(os.path.relpath(path, home))
+                    made = pa.array([f"{stem}/{row}" for row in range(place, place + len(batch))])
+                    made = pc.coalesce(table["image_filename"], made)
+                    table = table.set_column(names.index("image_filename"), "image_filename", made)
                 yield table if len(inside) == len(batch) else table.take(inside)
             if offset > rows[-1]:
                 return
@@ -529,8 +560,12 @@ def read_rows(index: RowIndex, places: np.ndarray | None = None) -> Iterator[pa.
 
 
 def mark_files(index: RowIndex) -> list[dict]:
-    """The marks of the files, with a checksum of the first pictures of MARKED_FILES of them, however they are compressed."""
+    """The marks of the files, with how each is compressed, and with a checksum of the first pictures of MARKED_FILES of them."""
     marks, file = [mark | {"pictures": None} for mark in index.marks], index.units[index.unit, 0]
+    for mark, path, metadata in zip(marks, index.paths, index.files, strict=True):
+        with naming(path):
+            groups = map(metadata.row_group, range(metadata.num_row_groups))
+            mark["compression"] = " ".join(sorted({g.column(c).compression for g in groups for c in range(g.num_columns)}))
     for number in range(0, len(marks), -(-len(marks) // MARKED_FILES)):
         tables = read_rows(index, np.flatnonzero(file == number)[:16])
         marks[number]["pictures"] = digest(*(data.as_py() for table in tables for data in table["image_bytes"]))

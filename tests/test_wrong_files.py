@@ -36,10 +36,6 @@ def with_damaged_pages(path: Path, rows: list[dict]) -> None:
     path.write_bytes(whole)
 
 
-def without(name: str):
-    return lambda path, rows: write_rows(path, [{k: v for k, v in row.items() if k != name} for row in rows], group=100)
-
-
 def everywhere(name: str, value: object, kind: pa.DataType):
     return lambda path, rows: write_rows(path, [row | {name: value} for row in rows], group=100, types={name: kind})
 
@@ -51,7 +47,6 @@ def changed(**values):
 REFUSED_DATA = {  # at the level of the commands; more of what is no such parquet file is in test_files
     "truncated": truncated,
     "damaged pages": with_damaged_pages,
-    "no filename": without("image_filename"),
     "text image": everywhere("image_bytes", "x", pa.string()),
     "null identity": changed(identity_id=None),
     "note is no json": with_note(b"\x80\x04."),
