@@ -174,8 +174,15 @@ def test_a_whole_run_on_huggingface_files_is_that_on_the_same_pictures_of_the_co
 def test_pictures_of_huggingface_files_are_found_again_by_their_made_names(data, tmp_path, trained):
     rows = without_names(runs.rows_of(data))
     path = write_huggingface(tmp_path / "hf.parquet", rows, sorted({row["identity_id"] for row in rows}))
-    cfg = runs.job(tmp_path, data, "embed.leak_check=false", "embed.references=false", "embed.test_glob=" + str(path))
-    sniperface.embed(cfg, trained, {"embed.test_glob"})
+    cfg = runs.job(
+        tmp_path,
+        data,
+        "embed.leak_check=false",
+        "embed.references=false",
+        "data.columns.image=image.bytes",
+        "embed.test_glob=" + str(path),
+    )
+    sniperface.embed(cfg, trained, {"embed.test_glob", "data.columns.image"})
     table = dataio.read_vectors(trained / "embeddings/test_embeddings.parquet")
     assert table.files.tolist() == [f"hf/{n}" for n in range(len(rows))]
     wanted = set(zip(table.sources.tolist(), table.files.tolist(), table.names.tolist(), strict=True))
