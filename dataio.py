@@ -271,7 +271,8 @@ def read_strings(parquet: pq.ParquetFile, path: Path, name: str) -> pa.Array:
     Raises ValueError for nulls and for what is damaged.
     """
     with naming(path):
-        column = with_path_columns(parquet.read(columns=[name], use_threads=False), path).flatten()[name]
+        table = with_path_columns(parquet.read(columns=[name], use_threads=False), path)
+        column = (table if name in table.column_names else table.flatten())[name]
         column.validate(full=True)  # a string that is not valid UTF-8
         strings = pc.cast(column, pa.large_string()).combine_chunks()
     if column.null_count:

@@ -183,7 +183,7 @@ def test_pictures_of_huggingface_files_are_found_again_by_their_made_names(data,
         "embed.test_glob=" + str(path),
     )
     sniperface.embed(cfg, trained, {"embed.test_glob", "data.columns.image"})
-    table = dataio.read_vectors(trained / "embeddings/test_embeddings.parquet")
+    table = dataio.read_vectors(trained / "embeddings/hf.parquet")
     assert table.files.tolist() == [f"hf/{n}" for n in range(len(rows))]
     wanted = set(zip(table.sources.tolist(), table.files.tolist(), table.names.tolist(), strict=True))
     assert dataio.find_pictures(dataio.find_given_rows(str(path), cfg.data.columns), wanted, cfg.data).keys() == wanted
