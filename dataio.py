@@ -211,7 +211,7 @@ def naming(place: object) -> Iterator[None]:
     """Turn what reading a damaged file raises into a ValueError that names its place."""
     try:
         yield
-    except (OSError, OverflowError, KeyError, pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError, StopIteration) as error:
+    except (OSError, OverflowError, pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError, StopIteration) as error:
         raise ValueError(f"{place}: damaged, or no such file ({first_line(error)}); fetch it again or leave it out") from error
 
 
@@ -223,17 +223,14 @@ def open_parquet(path: Path, metadata: pq.FileMetaData | None = None) -> pq.Parq
         return parquet
 
 
-def as_columns(table: pa.Table, path: Path) -> pa.Table:
-    """`table` of the file `path` with the fields of its structs as columns `struct.field`, and with those that its folders give.
-
-    Below `identity_id=7/` that is the string "7", where the file has no such column.
-    """
+def with_path_columns(table: pa.Table, path: Path) -> pa.Table:
+    """`table` of the file `path` with the columns that it lacks and its folders give: below `identity_id=7/`, the string "7"."""
     for part in path.absolute().parent.parts:
         name, equals, value = map(urllib.parse.unquote, part.partition("="))
         if equals and name not in table.column_names:
             value = pa.scalar(None if value == "__HIVE_DEFAULT_PARTITION__" else value, pa.string())
             table = table.append_column(name, pa.repeat(value, len(table)))
-    return table.flatten()
+    return table
 
 
 def check_contract(path: Path, schema: pa.Schema, asked: Columns) -> Columns:
@@ -242,7 +239,8 @@ def check_contract(path: Path, schema: pa.Schema, asked: Columns) -> Columns:
     Raises ValueError where there are none, or of types that cannot hold an identity, a name and an image.
     """
     with naming(path):
-        t, schema = pa.types, as_columns(schema.empty_table(), path).schema
+        table, t = with_path_columns(schema.empty_table().flatten(), path), pa.types  # a field of a struct is called struct.field
+        schema = table.schema
     columns, there = replace(asked), set(schema.names)
     for key, theirs in vars(HUGGINGFACE).items() if HUGGINGFACE.image in there else ():
         if getattr(asked, key) == getattr(COLUMNS, key) not in there and theirs in there:
@@ -273,7 +271,8 @@ def read_strings(parquet: pq.ParquetFile, path: Path, name: str) -> pa.Array:
     Raises ValueError for nulls and for what is damaged.
     """
     with naming(path):
-        column = as_columns(parquet.read(columns=[name], use_threads=False), path)[name]
+        table = with_path_columns(parquet.read(columns=[name], use_threads=False), path)
+        column = (table if name in table.column_names else table.flatten())[name]
         column.validate(full=True)  # a string that is not valid UTF-8
         strings = pc.cast(column, pa.large_string()).combine_chunks()
     if column.null_count:
@@ -462,27 +461,16 @@ class RowIndex:
 
     def image_bytes(self) -> int:
         """About how many bytes the images of these rows take, from the files' own figures."""
-        groups = [(self.files[number].row_group(group), self.columns[number]) for number, group in self.units.tolist()]
-        total = sum(image_chunk(*group).total_uncompressed_size for group in groups)
-        return total * len(self) // max(1, sum(group.num_rows for group, _ in groups))
+        groups = [self.files[number].row_group(group) for number, group in self.units.tolist()]
+        total = sum(group.total_byte_size for group in groups)
+        return total * len(self) // max(1, sum(group.num_rows for group in groups))
 
 
-def image_chunk(group: pq.RowGroupMetaData, columns: Columns) -> pq.ColumnChunkMetaData:
-    return next(chunk for chunk in map(group.column, range(group.num_columns)) if chunk.path_in_schema == columns.image)
-
-
-def mark_stored(path: Path, metadata: pq.FileMetaData, columns: Columns) -> dict[str, str]:
-    """How the pictures are compressed, and a digest of each row group's size and of both ends of its pictures, 4 kB each."""
-    marks, kinds = [], set()
+def mark_bytes(path: Path, size: int) -> str:
+    """A digest of a file's size and of 4 kB at 64 places of it: it changes when pictures or how they are stored do."""
     with naming(path), open(path, "rb") as file:
-        for group in map(metadata.row_group, range(metadata.num_row_groups)):
-            chunk = image_chunk(group, columns)
-            start = chunk.data_page_offset if chunk.dictionary_page_offset is None else chunk.dictionary_page_offset
-            places = (start, max(start, start + chunk.total_compressed_size - 4096))
-            ends = b"".join(os.pread(file.fileno(), 4096, place) for place in places)
-            marks.append((group.total_byte_size, zlib.crc32(ends)))
-            kinds.add(chunk.compression)
-    return {"compression": " ".join(sorted(kinds)), "bytes": digest(*marks)}
+        places = np.linspace(0, max(0, size - 4096), 64).astype(int).tolist()
+        return digest(size, *(zlib.crc32(os.pread(file.fileno(), 4096, place)) for place in places))
 
 
 def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | None, columns: Columns = COLUMNS) -> RowIndex:
@@ -504,9 +492,11 @@ def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | 
         place = np.flatnonzero(mask).astype(np.int32)
         group = np.searchsorted(before, place, side="right") - 1
         parts.append(np.stack([np.full(len(place), number), group, place - before[group], place]).astype(np.int32))
-        people = digest(zlib.crc32("\n".join(identities.to_pylist()).encode()), zlib.crc32(place))
-        mark = {"name": os.path.relpath(path, root), "rows": len(identities), "row groups": digest(*sizes), "people": people}
-        marks.append(mark | mark_stored(path, metadata, theirs))
+        codes, known = identities.indices.to_numpy(), "\n".join(identities.dictionary.to_pylist())
+        marks.append({
+            "name": os.path.relpath(path, root), "rows": len(identities), "row groups": digest(*sizes),
+            "people": digest(*map(zlib.crc32, (known.encode(), codes, place))), "bytes": mark_bytes(path, stamped[0]),
+        })  # fmt: skip
         files.append(metadata)
         found.append(theirs)
     file, group, row, place = np.concatenate(parts, axis=1)
@@ -542,7 +532,7 @@ def read_unit(index: RowIndex, unit: int, rows: np.ndarray, names: Sequence[str]
             inside = rows[(rows >= offset) & (rows < offset + len(batch))] - offset
             place, offset = before + offset, offset + len(batch)
             if len(inside):
-                table = as_columns(pa.Table.from_batches([batch]), path).append_column("", pa.nulls(len(batch)))
+                table = with_path_columns(pa.Table.from_batches([batch]), path).flatten().append_column("", pa.nulls(len(batch)))
                 table = table.select(theirs).rename_columns(names)
                 if "identity_id" in names:
                     people = scan_identities(path, index.stamps[number], columns)[1].slice(place, len(batch))
@@ -570,8 +560,12 @@ def read_rows(index: RowIndex, places: np.ndarray | None = None) -> Iterator[pa.
 
 
 def mark_files(index: RowIndex) -> list[dict]:
-    """The marks of the files, with a checksum of the first pictures of MARKED_FILES of them, however they are compressed."""
+    """The marks of the files, with how each is compressed, and with a checksum of the first pictures of MARKED_FILES of them."""
     marks, file = [mark | {"pictures": None} for mark in index.marks], index.units[index.unit, 0]
+    for mark, path, metadata in zip(marks, index.paths, index.files, strict=True):
+        with naming(path):
+            groups = map(metadata.row_group, range(metadata.num_row_groups))
+            mark["compression"] = " ".join(sorted({g.column(c).compression for g in groups for c in range(g.num_columns)}))
     for number in range(0, len(marks), -(-len(marks) // MARKED_FILES)):
         tables = read_rows(index, np.flatnonzero(file == number)[:16])
         marks[number]["pictures"] = digest(*(data.as_py() for table in tables for data in table["image_bytes"]))

@@ -103,7 +103,7 @@ def test_folders_by_hive_go_through_every_command_like_files(data, unbroken, tmp
     assert vectors_by_picture(tmp_path / "run" / path).keys() == vectors_by_picture(unbroken / "run" / path).keys()
     cfg = job(tmp_path, tmp_path, *globs, quoted("embed.test_glob", tmp_path / "digi2real.parquet"))
     sniperface.embed(cfg, tmp_path / "run", {"embed.test_glob"})
-    assert len(pq.read_table(tmp_path / "run" / path)) == len(rows_of(data, "digi2real_000"))
+    assert len(pq.read_table(tmp_path / "run" / "embeddings" / "digi2real.parquet")) == len(rows_of(data, "digi2real_000"))
     sniperface.split(cfg)
     sides = dataio.read_identity_splits(cfg.split.table).identities
     train_rows = [
