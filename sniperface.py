@@ -41,8 +41,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import yaml
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -123,18 +124,24 @@ def check_ranges(cfg: object, prefix: str = "") -> None:
                 raise ValueError(f"{key}={value}: must be {sign} {shown}")
 
 
-def check_together(cfg: Config) -> None:
-    """Check settings that limit each other. Raises ValueError."""
+def under(key: str, sections: Iterable[str]) -> bool:
+    """Whether a key is one of `sections` or inside one: train.lr is under train."""
+    return any((key + ".").startswith(section + ".") for section in sections)
+
+
+def check_together(cfg: Config, typed: Iterable[str]) -> None:
+    """Check settings that limit each other; a queue that nobody typed is made to fit the batch. Raises ValueError."""
     points, shares = cfg.curriculum.progress, cfg.curriculum.digiface_share
     if len(points) != len(shares) or sorted(set(points)) != points or not all(0 <= v <= 1 for v in points + shares):
         raise ValueError(
             f"curriculum.progress={points}, digiface_share={shares}: two lists of one length in 0..1, progress ascending"
         )
     keys = cfg.train.batch_size * (2 if cfg.moco.symmetric else 1)
-    if cfg.moco.queue_size < keys:
+    if cfg.moco.queue_size < keys and under("moco.queue_size", typed):
         raise ValueError(f"moco.queue_size={cfg.moco.queue_size}: must be >= {keys}, the keys of one step (train.batch_size)")
-    if cfg.train.warmup_epochs >= cfg.train.epochs:
-        raise ValueError(f"train.warmup_epochs={cfg.train.warmup_epochs}: must be < train.epochs={cfg.train.epochs}")
+    if cfg.moco.queue_size < keys:
+        log.warning("moco.queue_size=%d is less than the keys of one step: raised to %d", cfg.moco.queue_size, keys)
+        cfg.moco.queue_size = keys
     for name, op in cfg.augment.ops.items():
         if op.low > op.high or (op.low <= 0 and name in ("zoom", "aspect")):
             raise ValueError(f"augment.{name}: low={op.low} must be <= high={op.high}, and > 0 for zoom and aspect")
@@ -142,18 +149,43 @@ def check_together(cfg: Config) -> None:
         raise ValueError(f"backbone.layers={cfg.backbone.layers}: must be four numbers")
 
 
-def load_config(raw: DictConfig) -> Config:
-    """The composed settings as a typed `Config`; ValueError, in one line, for an unknown key, a wrong type or a bad value."""
+def load_config(raw: DictConfig, typed: Iterable[str] = ()) -> Config:
+    """The composed settings as a typed `Config`; ValueError, in one line, for an unknown key, a wrong type or a bad value.
+
+    typed: the keys that the user wrote on the command line.
+    """
     try:
         plain = OmegaConf.to_container(raw, resolve=True)
         cfg: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     except Exception as error:  # omegaconf's errors say the key in a line of their own
         lines = [line.strip() for line in str(error).splitlines()]
         key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
-        raise ValueError(f"{key}: {lines[0]}; see conf/config.yaml for the settings") from error
+        cure = "begin the file with '# @package _global_'" if key == "experiment" else "see conf/config.yaml for the settings"
+        raise ValueError(f"{key}: {lines[0]}; {cure}") from error
     check_ranges(cfg)
-    check_together(cfg)
+    check_together(cfg, typed)
     return cfg
+
+
+def lines_of(node: yaml.Node, prefix: str = "") -> dict[str, int]:
+    """The line of each key of a YAML file, keys as in `flat`."""
+    lines: dict[str, int] = {}
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        lines |= {prefix + key.value: key.start_mark.line + 1} | lines_of(value, f"{prefix}{key.value}.")
+    return lines
+
+
+def place_of(key: str) -> str:
+    """Where the chosen files of conf/ set a key: "FILE, line N: ", or nothing."""
+    runtime = HydraConfig.get().runtime
+    for group, choice in reversed([("", "config"), *runtime.choices.items()]):
+        for path in (Path(source.path, group, f"{choice}.yaml") for source in runtime.config_sources):
+            text = path.read_text() if path.is_file() else ""
+            package = "" if "@package _global_" in text else group
+            lines = {package: 1} | lines_of(yaml.compose(text), f"{package}.".lstrip("."))
+            if text and key and key in lines:
+                return f"{path}, line {lines[key]}: "
+    return ""
 
 
 def flat(settings: dict, prefix: str = "") -> dict[str, object]:
@@ -162,11 +194,6 @@ def flat(settings: dict, prefix: str = "") -> dict[str, object]:
     for key, value in settings.items():
         pairs |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return pairs
-
-
-def under(key: str, sections: Iterable[str]) -> bool:
-    """Whether a key is one of `sections` or inside one: train.lr is under train."""
-    return any((key + ".").startswith(section + ".") for section in sections)
 
 
 NOT_THE_RESULT = (                                           # settings that may differ when a run goes on
@@ -704,6 +731,10 @@ def say_what_trains(run: Run, sources: list[dataio.Passes], streams: list[dataio
     weights, precision = sum(p.numel() for p in training.model.query.parameters()), str(training.precision).removeprefix("torch.")
     images, epoch_images = " + ".join(f"{len(source):,}" for source in sources), schedule.steps_per_epoch * schedule.batch_size
     log.info("%s images in %d steps an epoch, %d epochs", images, schedule.steps_per_epoch, cfg.train.epochs)
+    warmup = moco.warmup_steps(schedule.total_steps, schedule.steps_per_epoch, cfg.train)
+    if warmup < cfg.train.warmup_epochs * schedule.steps_per_epoch:
+        told = "train.warmup_epochs=%g does not fit: the warm-up is a tenth of the run, %d steps"
+        log.warning(told, cfg.train.warmup_epochs, math.ceil(warmup))
     log.info("%s (%.1f M weights), %s on %s", cfg.backbone.name, weights / 1e6, precision, training.device)
     log.info("order: %s%s", sources[0].order_kind, " of materialised shards" if rows.shards else "")
     for place, stream in zip(rows.indices, streams, strict=True) if cfg.data.cache == "none" else ():
@@ -738,7 +769,7 @@ def step_figures(run: Run, out: moco.StepOutput, grad_norm: Tensor, lr: float, k
 def tell_signs(entry: dict, run: Run, told: set[tuple[str, int]]) -> None:
     """Warn of a run that will come to nothing, once per cause and epoch, or stop it where train.when_stuck=stop."""
     cfg = run.cfg.train
-    warmed_up = entry["step"] > cfg.warmup_epochs * run.schedule.steps_per_epoch + 1
+    warmed_up = entry["step"] > moco.warmup_steps(run.schedule.total_steps, run.schedule.steps_per_epoch, cfg) + 1
     for cause, what in moco.signs_of_failure(entry, run.training.monitor["untrained"], cfg, warmed_up).items():
         if (cause, entry["epoch"]) not in told:
             told.add((cause, entry["epoch"]))
@@ -1233,12 +1264,17 @@ def typed_keys(overrides: Iterable[str]) -> set[str]:
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(raw: DictConfig) -> float | None:
     """Run one command; what it returns is the objective for sweepers, higher is better."""
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    folder, typed = Path(HydraConfig.get().runtime.output_dir), typed_keys(HydraConfig.get().overrides.task)
     try:
-        cfg = load_config(raw)
+        try:
+            cfg = load_config(raw, typed)
+        except ValueError as error:
+            key = re.match(r"[\w.]*", str(error))[0]
+            set_here = typed - HydraConfig.get().runtime.choices.keys()  # to choose a file is not to set its keys
+            raise ValueError(("" if under(key, set_here) else place_of(key)) + str(error)) from error
         with logging_redirect_tqdm():
             try:
-                return COMMANDS[cfg.command](cfg, folder, typed_keys(HydraConfig.get().overrides.task))
+                return COMMANDS[cfg.command](cfg, folder, typed)
             finally:
                 if HydraConfig.get().mode == RunMode.MULTIRUN and cfg.command in ("train", "eval", "all"):
                     with not_vital("table of the sweep"):
@@ -1260,6 +1296,14 @@ def folder_name(overrides: str) -> str:
 
 def in_short(error: Exception) -> str:
     """What went wrong, without Hydra's search path and without its advice to add an unknown key by force."""
+    if isinstance(error, OverrideParseException):
+        key, equals, value = error.override.partition("=")
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        spelling = shlex.quote(f'{key}="{escaped}"') if equals else f"command={key}" if key in COMMANDS else f"{key}=VALUE"
+        return f"{error.override}: cannot be read; write {spelling}"
+    if isinstance(error, yaml.MarkedYAMLError):
+        place = f"{error.problem_mark.name}, line {error.problem_mark.line + 1}"
+        return f"{place}: {error.problem!r}; write each key once, as 'key: value', indented by spaces, not tabs"
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return str(error)
     told = str(error).split("Config search path")[0]
@@ -1281,7 +1325,7 @@ def start() -> None:
     except KeyboardInterrupt as stopped:
         print("sniperface: stopped; the same command goes on where it can", file=sys.stderr)
         sys.exit(128 + (stopped.args or (signal.SIGINT,))[0])
-    except (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException) as error:
+    except (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         sys.exit(f"sniperface: {in_short(error)}")
 
 

@@ -39,7 +39,7 @@ RUN = [
 
 def settings(*overrides):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return load_config(compose("config", list(overrides)))
+        return load_config(compose("config", list(overrides)), sniperface.typed_keys(overrides))
 
 
 def quoted(key: str, value: object) -> str:
