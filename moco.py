@@ -373,6 +373,7 @@ class TrainConfig:
     save_every_steps: int | None = field(metadata={"at_least": 1})
     keep_last: int = field(metadata={"at_least": 1})
     resume: str = field(metadata={"one_of": ("auto", "never", "must")})
+    extend: bool
 
 
 def pick_device(name: str) -> torch.device:

@@ -43,6 +43,7 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -180,10 +181,10 @@ def place_of(key: str) -> str:
     runtime = HydraConfig.get().runtime
     for group, choice in reversed([("", "config"), *runtime.choices.items()]):
         for path in (Path(source.path, group, f"{choice}.yaml") for source in runtime.config_sources):
-            text = path.read_text() if path.is_file() else ""
-            package = "" if "@package _global_" in text else group
-            lines = {package: 1} | lines_of(yaml.compose(text), f"{package}.".lstrip("."))
-            if text and key and key in lines:
+            text = path.read_text() if path.is_file() else None
+            package = "" if "@package _global_" in (text or "") else group
+            lines = {package: 1} | lines_of(yaml.compose(text or ""), f"{package}.".lstrip("."))
+            if text is not None and key and key in lines:
                 return f"{path}, line {lines[key]}: "
     return ""
 
@@ -200,8 +201,8 @@ NOT_THE_RESULT = (                                           # settings that may
     "command", "run", "run_dir", "device", "deterministic", "data.digiface_glob", "data.digi2real_glob",
     "data.workers", "data.cache", "data.cache_dir", "data.batch_read_rows", "data.max_bad_fraction", "split.out_dir",
     "split.materialize", "train.compile", "train.max_steps", "train.min_spread", "train.min_gap", "train.when_stuck",
-    "train.log_every", "train.save_every_epochs", "train.save_every_steps", "train.keep_last", "train.resume", "embed", "eval",
-    "report",
+    "train.log_every", "train.save_every_epochs", "train.save_every_steps", "train.keep_last", "train.resume", "train.extend",
+    "embed", "eval", "report",
 )  # fmt: skip
 
 
@@ -397,6 +398,13 @@ def free_run_name(folder: Path) -> str:
     return next(name for n in itertools.count(1) if not (folder.parent / (name := f"{stem}_{n:03d}")).exists())
 
 
+def in_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+EXTENDABLE = {"train.epochs", "train.lr", "train.warmup_epochs"}  # what train.extend may change
+
+
 def find_start(cfg: Config, folder: Path) -> dict | None:
     """The checkpoint to go on from, None for a new run.
 
@@ -412,11 +420,20 @@ def find_start(cfg: Config, folder: Path) -> dict | None:
     if saved is None and cfg.train.resume == "must":
         raise FileNotFoundError(f"{folder}/checkpoints: nothing to resume, and train.resume=must")
     changed = differences(saved["config"], dataclasses.asdict(cfg)) if saved else {}
-    if changed:
+    was, now = changed.get("train.epochs", (0, 0))
+    finished, longer = (folder / "checkpoints" / f"epoch_{was:02d}.pt").exists(), now > was and not changed.keys() - EXTENDABLE
+    if cfg.train.extend and longer and finished:
+        log.info("finished after %d epochs, extended to %d: new warm-up and cosine from train.lr=%g", was, now, cfg.train.lr)
+        saved["meta"]["extended"] = [*saved["meta"].get("extended", []), was]
+    elif changed:
         told = "; ".join(f"{key} was {was!r}, asked is {now!r}" for key, (was, now) in list(changed.items())[:6])
         words = [word for word in sys.argv[1:] if not word.startswith("run=")]
         again = f"uv run python sniperface.py {shlex.join(words)}".strip()
-        raise ValueError(f"{folder} holds another run: {told}.\nFor a new one: {again} run={free_run_name(folder)}")
+        name = free_run_name(folder.parent if in_sweep() else folder)
+        further = (
+            f"\nTo train this one longer, {'' if finished else 'once it is finished, '}add train.extend=true" if longer else ""
+        )
+        raise ValueError(f"{folder} holds another run: {told}.\nFor a new one: {again} run={name}{further}")
     return saved
 
 
@@ -731,7 +748,7 @@ def say_what_trains(run: Run, sources: list[dataio.Passes], streams: list[dataio
     weights, precision = sum(p.numel() for p in training.model.query.parameters()), str(training.precision).removeprefix("torch.")
     images, epoch_images = " + ".join(f"{len(source):,}" for source in sources), schedule.steps_per_epoch * schedule.batch_size
     log.info("%s images in %d steps an epoch, %d epochs", images, schedule.steps_per_epoch, cfg.train.epochs)
-    warmup = moco.warmup_steps(schedule.total_steps, schedule.steps_per_epoch, cfg.train)
+    warmup = moco.warmup_steps(schedule.total_steps - schedule.begins, schedule.steps_per_epoch, cfg.train)
     if warmup < cfg.train.warmup_epochs * schedule.steps_per_epoch:
         told = "train.warmup_epochs=%g does not fit: the warm-up is a tenth of the run, %d steps"
         log.warning(told, cfg.train.warmup_epochs, math.ceil(warmup))
@@ -783,7 +800,7 @@ def run_steps(run: Run, monitor: list[tuple[Tensor, Tensor]], last_step: int) ->
     cfg, training, schedule = run.cfg, run.training, run.schedule
     if cfg.train.compile:
         training.compile()
-    timer, told_signs, drawn_at = Timer(), set(), time.monotonic()
+    timer, told_signs, drawn_at, rest = Timer(), set(), time.monotonic(), schedule.total_steps - schedule.begins
     counts = {"total": schedule.total_steps * schedule.batch_size, "initial": training.step * schedule.batch_size}
     with (
         contextlib.closing(run.batches(training.step, last_step)) as batches, open(run.folder / "train_log.jsonl", "a") as log_file,
@@ -792,8 +809,8 @@ def run_steps(run: Run, monitor: list[tuple[Tensor, Tensor]], last_step: int) ->
         for step in range(training.step, last_step):
             images = timer.next(batches)  # uint8 [B, 3, S, S], on the device
             view_q, view_k = run.views(images, "augment", step)  # float [B, 3, S, S] in [-1, 1]
-            lr = moco.lr_at(step, schedule.total_steps, schedule.steps_per_epoch, cfg.train)
-            momentum = moco.key_momentum_at(step / schedule.total_steps, cfg.moco.key_momentum, cfg.moco.key_momentum_schedule)
+            lr = moco.lr_at(step - schedule.begins, rest, schedule.steps_per_epoch, cfg.train)
+            momentum = moco.key_momentum_at((step - schedule.begins) / rest, cfg.moco.key_momentum, cfg.moco.key_momentum_schedule)
             out, grad_norm = training.take_step(view_q, view_k, lr, momentum, draw(cfg.seed, "step", step))
 
             bar.update(len(images))
@@ -844,7 +861,8 @@ def train(cfg: Config, folder: Path) -> float:
             dataio.need_space(folder, (cfg.train.keep_last + 4) * state_bytes, "a run's checkpoints")
         rows = dataio.find_rows(cfg.data, cfg.split, "train", shards=saved["meta"]["shards"] if saved else None)
         streams = dataio.open_streams(rows, cfg.data, cfg.seed)
-        schedule = dataio.Schedule(cfg.curriculum, list(map(len, streams)), cfg.train.batch_size, cfg.train.epochs)
+        extended = saved["meta"].get("extended", []) if saved else []
+        schedule = dataio.Schedule(cfg.curriculum, list(map(len, streams)), cfg.train.batch_size, cfg.train.epochs, extended)
         last_step = min(schedule.total_steps, cfg.train.max_steps or schedule.total_steps)
         meta = {"table": rows.tables[0], "shards": rows.shards, "sources": dataio.describe_order(streams, cfg.data)}
         if saved:
@@ -860,7 +878,7 @@ def train(cfg: Config, folder: Path) -> float:
                 log.warning("the run went in %s so far, this device goes on in %s", saved["meta"]["precision"], training.precision)
         resumed, saved = saved is not None, None  # a checkpoint is some four times the weights
         sources = dataio.cached(streams, cfg.data, device)
-        meta |= {"precision": str(training.precision), **describe_machine(device)}
+        meta |= {"precision": str(training.precision), "extended": extended, **describe_machine(device)}
         write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg))))
         write_text(folder / "environment.json", json.dumps([*read_starts(folder), {"from_step": training.step, **meta}], indent=1))
         run = Run(cfg, folder, training, dataio.CurriculumMixStream(*sources, *[None] * (2 - len(sources)), 0, schedule), meta)
@@ -952,7 +970,7 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     if train_rows and cfg.embed.references:
         encoders |= reference_encoders(cfg, train_rows, device)
     note = {
-        "table": table, "split": side, "step": state["step"], "flip": cfg.embed.flip,
+        "table": table, "split": side, "step": state["step"], "flip": cfg.embed.flip, "extended": state["meta"].get("extended", []),
         "data": [index.fingerprint for index in rows.indices.values()], "trained_on": 0 if side else count_trained_on(cfg, table),
     }  # fmt: skip
     made_by = {
@@ -1183,27 +1201,30 @@ def settings_file(run: Path) -> Path | None:
     return run / "config.yaml" if (run / "config.yaml").exists() else asked[-1] if asked else None
 
 
+IN_EVERY_RUN = ("command", "run", "run_dir")  # what tells runs apart anyway
+
+
 def report(cfg: Config, pattern: str) -> None:
-    """Several runs side by side: table.csv and curves.png beside them, and the paired difference of each to the first."""
+    """Several runs side by side: table.csv and curves.png beside them, and the paired difference of each to the first measured."""
     import polars as pl
 
     found = {run: path for run in sorted(map(Path, glob.glob(pattern))) if (path := settings_file(run))}
     if not found:
         raise FileNotFoundError(f"report.runs={pattern}: no run there (a folder with config.yaml)")
     runs, settings = list(found), [flat(read_saved_settings(path)) for path in found.values()]
-    varied = sorted(
-        key for key in settings[0] if key not in ("run", "run_dir", "command") and len({str(s.get(key)) for s in settings}) > 1
-    )
+    values = {key: [s[key] for s in settings if key in s and "${" not in str(s[key])] for key in sorted(set().union(*settings))}
+    varied = [key for key, told in values.items() if not under(key, IN_EVERY_RUN) and any(value != told[0] for value in told)]
     metrics = [json.loads((run / cfg.eval.out).read_text()) if (run / cfg.eval.out).exists() else {} for run in runs]
-    rows = []
+    first, rows = next((run for run, figures in zip(runs, metrics, strict=True) if figures), runs[0]), []
     for run, setting, figures in zip(runs, settings, metrics, strict=True):
         lines = read_log(run)
         state = f"epoch {lines[-1]['epoch']} of {setting['train.epochs']}" if lines else "not trained, see its log.txt"
         low, high = figures.get("rank1_ci", (None, None))
         rows.append({
-            "run": run.name, "state": state + (", measured" if figures else ""), **{key: str(setting.get(key)) for key in varied},
+            "run": run.name, "state": state + (", measured" if figures else ""),
+            **{key: next((str(value) for value in values[key] if value == setting.get(key)), "") for key in varied},  # 0 is 0.0
             **{key: figures.get(key) for key in ("rank1", "rank5", "rank10", "mrr", "auc", "eer")},
-            "rank1_low": low, "rank1_high": high, **difference_to(runs[0], run, cfg),
+            "rank1_low": low, "rank1_high": high, **difference_to(first, run, cfg),
         })  # fmt: skip
     out = Path(os.path.commonpath(runs)) if len(runs) > 1 else runs[0].parent
     with write_whole(out / "table.csv") as temporary:
@@ -1211,7 +1232,7 @@ def report(cfg: Config, pattern: str) -> None:
     if can_draw():
         with picture(out / "curves.png", 1, 2) as axes:
             for style, (run, figures) in enumerate(zip(runs, metrics, strict=True)):
-                name = ", ".join(f"{key.split('.')[-1]}={s}" for key in varied[:3] if (s := rows[style][key])) or run.name
+                name = ", ".join(f"{key.split('.')[-1]}={s[:20]}" for key in varied[:3] if (s := rows[style][key])) or run.name[:40]
                 lines, cmc = read_log(run), figures.get("cmc", [])
                 steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
                 curve(axes[0, 0], steps, losses, name, style, xlabel="step", ylabel="loss [nats]")
@@ -1276,11 +1297,13 @@ def main(raw: DictConfig) -> float | None:
             try:
                 return COMMANDS[cfg.command](cfg, folder, typed)
             finally:
-                if HydraConfig.get().mode == RunMode.MULTIRUN and cfg.command in ("train", "eval", "all"):
-                    with not_vital("table of the sweep"):
+                if in_sweep() and cfg.command in ("train", "eval", "all"):
+                    with not_vital("table of the sweep"), dataio.locked(folder.parent / ".table.lock", wait=True):
                         report(cfg, glob.escape(str(folder.parent)) + "/*")  # so a sweep ends with its table, failed jobs in it
     except Exception as error:
         log.debug("failed", exc_info=True)  # for log.txt: the terminal gets one line
+        if in_sweep():  # Hydra tells of the first failure alone, and only when all jobs are done
+            log.error("%s failed: %s", folder, in_short(error))
         traceback.clear_frames(error.__traceback__)  # a sweep keeps the errors of its jobs, and they all that the jobs held
         raise
     finally:
@@ -1288,10 +1311,28 @@ def main(raw: DictConfig) -> float | None:
         torch.cuda.empty_cache()
 
 
-def folder_name(overrides: str) -> str:
-    """The name of a sweep's job folder: its overrides, told apart by their hash where they do not make a name for a disk."""
-    name = re.sub(r"[^\w.,=+-]", "_", overrides) or "defaults"
+TYPED = "SNIPERFACE_TYPED"  # in the environment: the command line, for the processes of a sweep as well
+
+
+def disk_name(told: str, overrides: str) -> str:
+    """`told` as a folder's name, with the hash of the overrides where it does not tell them all or makes no name for a disk."""
+    name = re.sub(r"[^\w.,=+-]", "_", told) or "defaults"
     return name if name == overrides and len(name.encode()) <= 150 else f"{name[:60]}_{dataio.digest(overrides)}"
+
+
+def folder_name(dirname: str, overrides: list[str], sweep_dir: str) -> str:
+    """The name of a sweep's job folder: those of the job's overrides that the sweep varies, without paths and long values.
+
+    All of them, Hydra's `dirname`, where nothing varies, or where an older version has left the folder of that name.
+    """
+    whole = disk_name(dirname, dirname)
+    words = [word for word in shlex.split(os.environ.get(TYPED, "")) if re.match(r"[\w.@/+~]+=", word)]
+    typed = OverridesParser.create().parse_overrides(words)
+    varies = {word.get_key_element(): word.is_sweep_override() for word in typed}  # typed twice, the last one counts
+    varied = sorted(word.replace("=", "-", 1) for word in overrides if varies.get(word.split("=")[0], True))
+    if not varied or Path(sweep_dir, whole).is_dir():
+        return whole
+    return disk_name("_".join(item for item in varied if "/" not in item and len(item) <= 60), "_".join(varied))
 
 
 def in_short(error: Exception) -> str:
@@ -1319,6 +1360,7 @@ def stop_at_once(number: int, frame: object) -> None:
 def start() -> None:
     """The command line: run `main`, and end in one line where it cannot."""
     signal.signal(signal.SIGTERM, stop_at_once)
+    os.environ[TYPED] = shlex.join(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra's own refusals arrive below as exceptions
     try:
         main()

@@ -161,6 +161,10 @@ def words_of(data: Path, home: Path) -> list[str]:
     return [*SMALL, *globs, f"split.out_dir={home}/splits", f"data.cache_dir={home}/cache"]
 
 
+def one_source(data):
+    return [*RUN, quoted("data.digiface_glob", data / "digiface1m_*.parquet"), "data.digi2real_glob=null", "train.max_steps=1"]
+
+
 def train(words, folder, *more):
     return sniperface.train(settings(*words, *more), folder)
 
