@@ -421,18 +421,15 @@ def find_start(cfg: Config, folder: Path) -> dict | None:
         raise FileNotFoundError(f"{folder}/checkpoints: nothing to resume, and train.resume=must")
     changed = differences(saved["config"], dataclasses.asdict(cfg)) if saved else {}
     was, now = changed.get("train.epochs", (0, 0))
-    finished, longer = (folder / "checkpoints" / f"epoch_{was:02d}.pt").exists(), now > was and not changed.keys() - EXTENDABLE
-    if cfg.train.extend and longer and finished:
-        log.info("finished after %d epochs, extended to %d: new warm-up and cosine from train.lr=%g", was, now, cfg.train.lr)
+    longer = now > was and not changed.keys() - EXTENDABLE
+    if cfg.train.extend and longer:
         saved["meta"]["extended"] = [*saved["meta"].get("extended", []), was]
     elif changed:
         told = "; ".join(f"{key} was {was!r}, asked is {now!r}" for key, (was, now) in list(changed.items())[:6])
         words = [word for word in sys.argv[1:] if not word.startswith("run=")]
         again = f"uv run python sniperface.py {shlex.join(words)}".strip()
         name = free_run_name(folder.parent if in_sweep() else folder)
-        further = (
-            f"\nTo train this one longer, {'' if finished else 'once it is finished, '}add train.extend=true" if longer else ""
-        )
+        further = "\nTo train this one on after its end, add train.extend=true" if longer else ""
         raise ValueError(f"{folder} holds another run: {told}.\nFor a new one: {again} run={name}{further}")
     return saved
 
@@ -748,6 +745,8 @@ def say_what_trains(run: Run, sources: list[dataio.Passes], streams: list[dataio
     weights, precision = sum(p.numel() for p in training.model.query.parameters()), str(training.precision).removeprefix("torch.")
     images, epoch_images = " + ".join(f"{len(source):,}" for source in sources), schedule.steps_per_epoch * schedule.batch_size
     log.info("%s images in %d steps an epoch, %d epochs", images, schedule.steps_per_epoch, cfg.train.epochs)
+    if schedule.begins:
+        log.info("extended from step %d on: a new warm-up, and a cosine from train.lr=%g", schedule.begins, cfg.train.lr)
     warmup = moco.warmup_steps(schedule.total_steps - schedule.begins, schedule.steps_per_epoch, cfg.train)
     if warmup < cfg.train.warmup_epochs * schedule.steps_per_epoch:
         told = "train.warmup_epochs=%g does not fit: the warm-up is a tenth of the run, %d steps"
@@ -868,6 +867,11 @@ def train(cfg: Config, folder: Path) -> float:
         if saved:
             check_same_data(saved, meta, rows.tables, cfg, folder)
             training.load_state_dict(saved)
+            if training.step < schedule.begins:
+                raise ValueError(
+                    f"{folder}: stopped at step {training.step} of {schedule.begins}, train.extend goes on from a finished run; "
+                    f"finish it first, with train.epochs={extended[-1]}"
+                )
             if training.step >= last_step:
                 rotate_checkpoints(folder, cfg.train)
                 what = "finished" if training.step >= schedule.total_steps else "at train.max_steps"
@@ -879,7 +883,8 @@ def train(cfg: Config, folder: Path) -> float:
         resumed, saved = saved is not None, None  # a checkpoint is some four times the weights
         sources = dataio.cached(streams, cfg.data, device)
         meta |= {"precision": str(training.precision), "extended": extended, **describe_machine(device)}
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg))))
+        note = f"# extended after epochs {extended}, see train.extend\n" if extended else ""
+        write_text(folder / "config.yaml", note + OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg))))
         write_text(folder / "environment.json", json.dumps([*read_starts(folder), {"from_step": training.step, **meta}], indent=1))
         run = Run(cfg, folder, training, dataio.CurriculumMixStream(*sources, *[None] * (2 - len(sources)), 0, schedule), meta)
         say_what_trains(run, sources, streams, rows)

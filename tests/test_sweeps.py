@@ -57,7 +57,9 @@ def test_failed_jobs_are_told_when_they_happen_and_stand_in_the_table_like_the_o
     assert not [key for key in table[0] if "." in key and key != "moco.margin"]  # an interpolation is no setting of its own
 
 
-def test_equal_numbers_are_one_value_and_the_first_run_that_was_measured_is_what_others_are_compared_with(trained, tmp_path):
+def test_equal_numbers_are_one_value_and_the_first_run_that_was_measured_is_what_others_are_compared_with(
+    trained, tmp_path, monkeypatch
+):
     for name in ("b", "c"):
         shutil.copytree(trained, tmp_path / "runs" / name)
     failed = tmp_path / "runs" / "a" / ".hydra" / "train"
@@ -69,7 +71,10 @@ def test_equal_numbers_are_one_value_and_the_first_run_that_was_measured_is_what
     other = yaml.safe_load((trained / "config.yaml").read_text())
     other["moco"]["margin"] = 1.0
     (tmp_path / "runs" / "c" / "config.yaml").write_text(yaml.safe_dump(other))
+    labels = []
+    monkeypatch.setattr(sniperface, "curve", lambda axes, x, y, label, *_, **limits: labels.append(label))
     sniperface.report(settings_of(), f"{tmp_path}/runs/*")
+    assert labels == ["margin=1"] * 2 + ["margin=0.1"] * 2 + ["margin=1"] * 2  # in curves.png
     table = sweep_of(tmp_path / "runs")
     assert [row["moco.margin"] for row in table] == ["1", "0.1", "1"]
     assert [row["rank1_change"] for row in table] == ["", "0.0", "0.0"]
