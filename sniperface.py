@@ -151,10 +151,7 @@ def check_together(cfg: Config, typed: Iterable[str]) -> None:
 
 
 def load_config(raw: DictConfig, typed: Iterable[str] = ()) -> Config:
-    """The composed settings as a typed `Config`; ValueError, in one line, for an unknown key, a wrong type or a bad value.
-
-    typed: the keys that the user wrote on the command line.
-    """
+    """The composed settings, some keys `typed` by the user, as a `Config`; ValueError, in one line, for an unknown or a bad one."""
     try:
         plain = OmegaConf.to_container(raw, resolve=True)
         cfg: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
@@ -172,7 +169,7 @@ def lines_of(node: yaml.Node, prefix: str = "") -> dict[str, int]:
     """The line of each key of a YAML file, keys as in `flat`."""
     lines: dict[str, int] = {}
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-        lines |= {prefix + key.value: key.start_mark.line + 1} | lines_of(value, f"{prefix}{key.value}.")
+        lines |= {prefix + key.value: key.start_mark.line + 1, **lines_of(value, f"{prefix}{key.value}.")}
     return lines
 
 
@@ -180,11 +177,10 @@ def place_of(key: str) -> str:
     """Where the chosen files of conf/ set a key: "FILE, line N: ", or nothing."""
     runtime = HydraConfig.get().runtime
     for group, choice in reversed([("", "config"), *runtime.choices.items()]):
-        for path in (Path(source.path, group, f"{choice}.yaml") for source in runtime.config_sources):
-            text = path.read_text() if path.is_file() else None
-            package = "" if "@package _global_" in (text or "") else group
-            lines = {package: 1} | lines_of(yaml.compose(text or ""), f"{package}.".lstrip("."))
-            if text is not None and key and key in lines:
+        for path in filter(Path.is_file, (Path(source.path, group, f"{choice}.yaml") for source in runtime.config_sources)):
+            package = "" if "@package _global_" in (text := path.read_text()) else group
+            lines = {package: 1} | lines_of(yaml.compose(text), f"{package}.".lstrip("."))
+            if key and key in lines:
                 return f"{path}, line {lines[key]}: "
     return ""
 
@@ -213,7 +209,8 @@ def differences(saved: dict, asked: dict) -> dict[str, tuple]:
     return {key: pair for key, pair in pairs.items() if not under(key, NOT_THE_RESULT)}
 
 
-ALWAYS_AS_ASKED = ("command", "run", "run_dir", "device", "embed", "eval", "report")
+OF_EACH = ("command", "run", "run_dir")  # another one for each run and command
+ALWAYS_AS_ASKED = (*OF_EACH, "device", "embed", "eval", "report")
 AS_TYPED = ("data", "split")  # where the data is now may be typed anew; else it is where the run was trained
 
 
@@ -402,9 +399,6 @@ def in_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-EXTENDABLE = {"train.epochs", "train.lr", "train.warmup_epochs"}  # what train.extend may change
-
-
 def find_start(cfg: Config, folder: Path) -> dict | None:
     """The checkpoint to go on from, None for a new run.
 
@@ -421,7 +415,7 @@ def find_start(cfg: Config, folder: Path) -> dict | None:
         raise FileNotFoundError(f"{folder}/checkpoints: nothing to resume, and train.resume=must")
     changed = differences(saved["config"], dataclasses.asdict(cfg)) if saved else {}
     was, now = changed.get("train.epochs", (0, 0))
-    longer = now > was and not changed.keys() - EXTENDABLE
+    longer = now > was and changed.keys() <= {"train.epochs", "train.lr", "train.warmup_epochs"}
     if cfg.train.extend and longer:
         saved["meta"]["extended"] = [*saved["meta"].get("extended", []), was]
     elif changed:
@@ -868,10 +862,8 @@ def train(cfg: Config, folder: Path) -> float:
             check_same_data(saved, meta, rows.tables, cfg, folder)
             training.load_state_dict(saved)
             if training.step < schedule.begins:
-                raise ValueError(
-                    f"{folder}: stopped at step {training.step} of {schedule.begins}, train.extend goes on from a finished run; "
-                    f"finish it first, with train.epochs={extended[-1]}"
-                )
+                told = f"{folder}: only at step {training.step} of {schedule.begins}; before train.extend finish it"
+                raise ValueError(f"{told}, with train.epochs={extended[-1]}")
             if training.step >= last_step:
                 rotate_checkpoints(folder, cfg.train)
                 what = "finished" if training.step >= schedule.total_steps else "at train.max_steps"
@@ -1206,10 +1198,7 @@ def settings_file(run: Path) -> Path | None:
     return run / "config.yaml" if (run / "config.yaml").exists() else asked[-1] if asked else None
 
 
-IN_EVERY_RUN = ("command", "run", "run_dir")  # what tells runs apart anyway
-
-
-def report(cfg: Config, pattern: str) -> None:
+def report(cfg: Config | DictConfig, pattern: str) -> None:
     """Several runs side by side: table.csv and curves.png beside them, and the paired difference of each to the first measured."""
     import polars as pl
 
@@ -1218,7 +1207,7 @@ def report(cfg: Config, pattern: str) -> None:
         raise FileNotFoundError(f"report.runs={pattern}: no run there (a folder with config.yaml)")
     runs, settings = list(found), [flat(read_saved_settings(path)) for path in found.values()]
     values = {key: [s[key] for s in settings if key in s and "${" not in str(s[key])] for key in sorted(set().union(*settings))}
-    varied = [key for key, told in values.items() if not under(key, IN_EVERY_RUN) and any(value != told[0] for value in told)]
+    varied = [key for key, told in values.items() if key not in OF_EACH and any(value != told[0] for value in told)]
     metrics = [json.loads((run / cfg.eval.out).read_text()) if (run / cfg.eval.out).exists() else {} for run in runs]
     first, rows = next((run for run, figures in zip(runs, metrics, strict=True) if figures), runs[0]), []
     for run, setting, figures in zip(runs, settings, metrics, strict=True):
@@ -1299,12 +1288,7 @@ def main(raw: DictConfig) -> float | None:
             set_here = typed - HydraConfig.get().runtime.choices.keys()  # to choose a file is not to set its keys
             raise ValueError(("" if under(key, set_here) else place_of(key)) + str(error)) from error
         with logging_redirect_tqdm():
-            try:
-                return COMMANDS[cfg.command](cfg, folder, typed)
-            finally:
-                if in_sweep() and cfg.command in ("train", "eval", "all"):
-                    with not_vital("table of the sweep"), dataio.locked(folder.parent / ".table.lock", wait=True):
-                        report(cfg, glob.escape(str(folder.parent)) + "/*")  # so a sweep ends with its table, failed jobs in it
+            return COMMANDS[cfg.command](cfg, folder, typed)
     except Exception as error:
         log.debug("failed", exc_info=True)  # for log.txt: the terminal gets one line
         if in_sweep():  # Hydra tells of the first failure alone, and only when all jobs are done
@@ -1312,6 +1296,9 @@ def main(raw: DictConfig) -> float | None:
         traceback.clear_frames(error.__traceback__)  # a sweep keeps the errors of its jobs, and they all that the jobs held
         raise
     finally:
+        if in_sweep() and raw.command in ("train", "eval", "all"):
+            with not_vital("table of the sweep"), dataio.locked(folder.parent / ".table.lock", wait=True):
+                report(raw, glob.escape(str(folder.parent)) + "/*")  # so a sweep ends with its table, failed jobs in it
         gc.collect()  # what refers to itself, before the next job of a sweep asks how much memory is free
         torch.cuda.empty_cache()
 
@@ -1330,9 +1317,8 @@ def folder_name(dirname: str, overrides: list[str], sweep_dir: str) -> str:
 
     All of them, Hydra's `dirname`, where nothing varies, or where an older version has left the folder of that name.
     """
-    whole = disk_name(dirname, dirname)
-    words = [word for word in shlex.split(os.environ.get(TYPED, "")) if re.match(r"[\w.@/+~]+=", word)]
-    typed = OverridesParser.create().parse_overrides(words)
+    whole, words = disk_name(dirname, dirname), shlex.split(os.environ.get(TYPED, ""))
+    typed = OverridesParser.create().parse_overrides([word for word in words if re.match(r"[\w.@/+~]+=", word)])
     varies = {word.get_key_element(): word.is_sweep_override() for word in typed}  # typed twice, the last one counts
     varied = sorted(word.replace("=", "-", 1) for word in overrides if varies.get(word.split("=")[0], True))
     if not varied or Path(sweep_dir, whole).is_dir():
@@ -1343,13 +1329,11 @@ def folder_name(dirname: str, overrides: list[str], sweep_dir: str) -> str:
 def in_short(error: Exception) -> str:
     """What went wrong, without Hydra's search path and without its advice to add an unknown key by force."""
     if isinstance(error, OverrideParseException):
-        key, equals, value = error.override.partition("=")
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        spelling = shlex.quote(f'{key}="{escaped}"') if equals else f"command={key}" if key in COMMANDS else f"{key}=VALUE"
+        key, equals, value = error.override.replace("\\", "\\\\").replace('"', '\\"').partition("=")
+        spelling = shlex.quote(f'{key}="{value}"') if equals else f"command={key}" if key in COMMANDS else f"{key}=VALUE"
         return f"{error.override}: cannot be read; write {spelling}"
-    if isinstance(error, yaml.MarkedYAMLError):
-        place = f"{error.problem_mark.name}, line {error.problem_mark.line + 1}"
-        return f"{place}: {error.problem!r}; write each key once, as 'key: value', indented by spaces, not tabs"
+    if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark):
+        return f"{mark.name}, line {mark.line + 1}: {error.problem!r}; write 'key: value', each key once, with spaces, no tabs"
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return str(error)
     told = str(error).split("Config search path")[0]

@@ -109,8 +109,8 @@ GLOBAL = "# @package _global_\n"
 @pytest.mark.parametrize(
     ("text", "line", "found", "cure"),
     [
-        (GLOBAL + "train:\n\tlr: 1\n", 3, "\\t", "spaces, not tabs"),
-        (GLOBAL + "train:\n  lr: 1\n  lr: 2\n", 4, "duplicate key lr", "indented by spaces, not tabs"),
+        (GLOBAL + "train:\n\tlr: 1\n", 3, "\\t", "no tabs"),
+        (GLOBAL + "train:\n  lr: 1\n  lr: 2\n", 4, "duplicate key lr", "no tabs"),
         ("train:\n  lr: 1\n", 1, "experiment", "'# @package _global_'"),
         ("", 1, "experiment", "'# @package _global_'"),
         (GLOBAL + "run: x\ntrain:\n  lr: 1\n  lrr: 1\n", 5, "train.lrr", "see conf/config.yaml for the settings"),

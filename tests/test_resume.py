@@ -49,7 +49,7 @@ def test_a_finished_run_is_extended_by_a_new_schedule_to_the_same_bits_however_o
     end = first[-1]["step"]
     train(words, tmp_path / "parts", *longer, "train.extend=true", f"train.max_steps={end + 3}")
     train(words, tmp_path / "parts", *longer, f"train.max_steps={end + end // 2 + 1}")  # once extended, it is a run like others
-    with pytest.raises(ValueError, match=rf"{end + end // 2 + 1} of {2 * end}, .* finish it first, with train.epochs=4"):
+    with pytest.raises(ValueError, match=rf"{end + end // 2 + 1} of {2 * end}; .* finish it, with train.epochs=4"):
         train(words, tmp_path / "parts", "train.epochs=5", "train.lr=0.02", "train.extend=true")
     train(words, tmp_path / "parts", *longer, "train.extend=true")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")

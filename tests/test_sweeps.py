@@ -45,15 +45,15 @@ def test_a_sweep_of_whole_pipelines_ends_with_a_folder_a_job_and_a_table(words, 
 
 
 def test_failed_jobs_are_told_when_they_happen_and_stand_in_the_table_like_the_others(words, tmp_path):
-    told, code = in_shell("-m", *words, "run_dir=sweep", "train.max_steps=2", "moco.margin=0,2,0.10", cwd=tmp_path)
+    told, code = in_shell("-m", *words, "run_dir=sweep", "train.max_steps=2", "moco.margin=0,2,0.10,3", cwd=tmp_path)
     assert code == 1
     failed = [line for line in told.splitlines() if "moco.margin=2.0: must be <= 1" in line]
     assert failed[0] == f"{tmp_path}/sweep/moco.margin-2 failed: {failed[-1].removeprefix('sniperface: ')}"
     assert told.index(failed[0]) < told.index("#2 :")  # before the next job starts
     table = sweep_of(tmp_path / "sweep")
     assert {row["moco.margin"]: row["state"] for row in table} == dict.fromkeys(("0.0", "0.1"), "epoch 1 of 2") | {
-        "2": "not trained, see its log.txt"
-    }
+        "2": "not trained, see its log.txt", "3": "not trained, see its log.txt",
+    }  # fmt: skip
     assert not [key for key in table[0] if "." in key and key != "moco.margin"]  # an interpolation is no setting of its own
 
 
