@@ -1356,14 +1356,19 @@ class Schedule:
     """How many images of each source come before each step: the curriculum as arithmetic.
 
     `digiface_share` is linear between the points `progress` in [0, 1] of the training; None keeps the natural share of the rows.
+    Where a finished training was extended, after each of the epochs `extended`, its last share holds, and `begins` is the step
+    after which learning rate and the like are scheduled anew.
     """
 
-    def __init__(self, cfg: CurriculumConfig | None, rows: Sequence[int], batch_size: int, epochs: int):
+    def __init__(
+        self, cfg: CurriculumConfig | None, rows: Sequence[int], batch_size: int, epochs: int, extended: Sequence[int] = ()
+    ):
         if sum(rows) < batch_size:
             raise ValueError(f"train.batch_size={batch_size} is more than the {sum(rows)} train images; lower it")
         self.batch_size, self.steps_per_epoch = batch_size, sum(rows) // batch_size
         self.total_steps = epochs * self.steps_per_epoch
-        middle = (np.arange(self.total_steps) + 0.5) / self.total_steps
+        self.begins = extended[-1] * self.steps_per_epoch if extended else 0
+        middle = (np.arange(self.total_steps) + 0.5) / ([*extended, epochs][0] * self.steps_per_epoch)
         points = cfg and cfg.progress
         share = np.interp(middle, points, cfg.digiface_share) if points else np.full(len(middle), rows[0] / sum(rows))
         share = share if len(rows) == 2 else np.ones(len(middle))

@@ -373,6 +373,7 @@ class TrainConfig:
     save_every_steps: int | None = field(metadata={"at_least": 1})
     keep_last: int = field(metadata={"at_least": 1})
     resume: str = field(metadata={"one_of": ("auto", "never", "must")})
+    extend: bool
 
 
 def pick_device(name: str) -> torch.device:
@@ -402,9 +403,15 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and computes_in_bf16() else torch.float32
 
 
+def warmup_steps(total_steps: int, steps_per_epoch: int, cfg: TrainConfig) -> float:
+    """The steps of the warm-up: a tenth of them all where what was asked for leaves none for the cosine."""
+    asked = cfg.warmup_epochs * steps_per_epoch
+    return asked if asked < total_steps else total_steps / 10
+
+
 def lr_at(step: int, total_steps: int, steps_per_epoch: int, cfg: TrainConfig) -> float:
     """Linear warm-up, then half a cosine to zero (arXiv:1608.03983)."""
-    warmup = cfg.warmup_epochs * steps_per_epoch
+    warmup = warmup_steps(total_steps, steps_per_epoch, cfg)
     if step < warmup:
         return cfg.lr * (step + 1) / (warmup + 1)
     return cfg.lr * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup))) / 2

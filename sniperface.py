@@ -43,8 +43,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import yaml
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -125,18 +127,24 @@ def check_ranges(cfg: object, prefix: str = "") -> None:
                 raise ValueError(f"{key}={value}: must be {sign} {shown}")
 
 
-def check_together(cfg: Config) -> None:
-    """Check settings that limit each other. Raises ValueError."""
+def under(key: str, sections: Iterable[str]) -> bool:
+    """Whether a key is one of `sections` or inside one: train.lr is under train."""
+    return any((key + ".").startswith(section + ".") for section in sections)
+
+
+def check_together(cfg: Config, typed: Iterable[str]) -> None:
+    """Check settings that limit each other; a queue that nobody typed is made to fit the batch. Raises ValueError."""
     points, shares = cfg.curriculum.progress, cfg.curriculum.digiface_share
     if len(points) != len(shares) or sorted(set(points)) != points or not all(0 <= v <= 1 for v in points + shares):
         raise ValueError(
             f"curriculum.progress={points}, digiface_share={shares}: two lists of one length in 0..1, progress ascending"
         )
     keys = cfg.train.batch_size * (2 if cfg.moco.symmetric else 1)
-    if cfg.moco.queue_size < keys:
+    if cfg.moco.queue_size < keys and under("moco.queue_size", typed):
         raise ValueError(f"moco.queue_size={cfg.moco.queue_size}: must be >= {keys}, the keys of one step (train.batch_size)")
-    if cfg.train.warmup_epochs >= cfg.train.epochs:
-        raise ValueError(f"train.warmup_epochs={cfg.train.warmup_epochs}: must be < train.epochs={cfg.train.epochs}")
+    if cfg.moco.queue_size < keys:
+        log.warning("moco.queue_size=%d is less than the keys of one step: raised to %d", cfg.moco.queue_size, keys)
+        cfg.moco.queue_size = keys
     for name, op in cfg.augment.ops.items():
         if op.low > op.high or (op.low <= 0 and name in ("zoom", "aspect")):
             raise ValueError(f"augment.{name}: low={op.low} must be <= high={op.high}, and > 0 for zoom and aspect")
@@ -151,18 +159,39 @@ def expand_home(value: object) -> object:
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 
-def load_config(raw: DictConfig) -> Config:
-    """The composed settings as a typed `Config`; ValueError, in one line, for an unknown key, a wrong type or a bad value."""
+def load_config(raw: DictConfig, typed: Iterable[str] = ()) -> Config:
+    """The composed settings, some keys `typed` by the user, as a `Config`; ValueError, in one line, for an unknown or a bad one."""
     try:
         plain = expand_home(OmegaConf.to_container(raw, resolve=True))
         cfg: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     except Exception as error:  # omegaconf's errors say the key in a line of their own
         lines = [line.strip() for line in str(error).splitlines()]
         key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
-        raise ValueError(f"{key}: {lines[0]}; see conf/config.yaml for the settings") from error
+        cure = "begin the file with '# @package _global_'" if key == "experiment" else "see conf/config.yaml for the settings"
+        raise ValueError(f"{key}: {lines[0]}; {cure}") from error
     check_ranges(cfg)
-    check_together(cfg)
+    check_together(cfg, typed)
     return cfg
+
+
+def lines_of(node: yaml.Node, prefix: str = "") -> dict[str, int]:
+    """The line of each key of a YAML file, keys as in `flat`."""
+    lines: dict[str, int] = {}
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        lines |= {prefix + key.value: key.start_mark.line + 1, **lines_of(value, f"{prefix}{key.value}.")}
+    return lines
+
+
+def place_of(key: str) -> str:
+    """Where the chosen files of conf/ set a key: "FILE, line N: ", or nothing."""
+    runtime = HydraConfig.get().runtime
+    for group, choice in reversed([("", "config"), *runtime.choices.items()]):
+        for path in filter(Path.is_file, (Path(source.path, group, f"{choice}.yaml") for source in runtime.config_sources)):
+            package = "" if "@package _global_" in (text := path.read_text()) else group
+            lines = {package: 1} | lines_of(yaml.compose(text), f"{package}.".lstrip("."))
+            if key and key in lines:
+                return f"{path}, line {lines[key]}: "
+    return ""
 
 
 def flat(settings: dict, prefix: str = "") -> dict[str, object]:
@@ -173,17 +202,12 @@ def flat(settings: dict, prefix: str = "") -> dict[str, object]:
     return pairs
 
 
-def under(key: str, sections: Iterable[str]) -> bool:
-    """Whether a key is one of `sections` or inside one: train.lr is under train."""
-    return any((key + ".").startswith(section + ".") for section in sections)
-
-
 NOT_THE_RESULT = (                                           # settings that may differ when a run goes on
     "command", "run", "run_dir", "device", "deterministic", "data.digiface_glob", "data.digi2real_glob",
     "data.workers", "data.cache", "data.cache_dir", "data.batch_read_rows", "data.max_bad_fraction", "split.out_dir",
     "split.materialize", "train.compile", "train.max_steps", "train.min_spread", "train.min_gap", "train.when_stuck",
-    "train.log_every", "train.save_every_epochs", "train.save_every_steps", "train.keep_last", "train.resume", "embed", "eval",
-    "report",
+    "train.log_every", "train.save_every_epochs", "train.save_every_steps", "train.keep_last", "train.resume", "train.extend",
+    "embed", "eval", "report",
 )  # fmt: skip
 
 
@@ -194,7 +218,8 @@ def differences(saved: dict, asked: dict) -> dict[str, tuple]:
     return {key: pair for key, pair in pairs.items() if not under(key, NOT_THE_RESULT)}
 
 
-ALWAYS_AS_ASKED = ("command", "run", "run_dir", "device", "embed", "eval", "report")
+OF_EACH = ("command", "run", "run_dir")  # another one for each run and command
+ALWAYS_AS_ASKED = (*OF_EACH, "device", "embed", "eval", "report")
 AS_TYPED = ("data", "split")  # where the data is now may be typed anew; else it is where the run was trained
 
 
@@ -379,6 +404,10 @@ def free_run_name(folder: Path) -> str:
     return next(name for n in itertools.count(1) if not (folder.parent / (name := f"{stem}_{n:03d}")).exists())
 
 
+def in_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
 def find_start(cfg: Config, folder: Path) -> dict | None:
     """The checkpoint to go on from, None for a new run.
 
@@ -394,11 +423,17 @@ def find_start(cfg: Config, folder: Path) -> dict | None:
     if saved is None and cfg.train.resume == "must":
         raise FileNotFoundError(f"{folder}/checkpoints: nothing to resume, and train.resume=must")
     changed = differences(saved["config"], dataclasses.asdict(cfg)) if saved else {}
-    if changed:
+    was, now = changed.get("train.epochs", (0, 0))
+    longer = now > was and changed.keys() <= {"train.epochs", "train.lr", "train.warmup_epochs"}
+    if cfg.train.extend and longer:
+        saved["meta"]["extended"] = [*saved["meta"].get("extended", []), was]
+    elif changed:
         told = "; ".join(f"{key} was {was!r}, asked is {now!r}" for key, (was, now) in list(changed.items())[:6])
         words = [word for word in sys.argv[1:] if not word.startswith("run=")]
         again = f"uv run python sniperface.py {shlex.join(words)}".strip()
-        raise ValueError(f"{folder} holds another run: {told}.\nFor a new one: {again} run={free_run_name(folder)}")
+        name = free_run_name(folder.parent if in_sweep() else folder)
+        further = "\nTo train this one on after its end, add train.extend=true" if longer else ""
+        raise ValueError(f"{folder} holds another run: {told}.\nFor a new one: {again} run={name}{further}")
     return saved
 
 
@@ -727,6 +762,12 @@ def say_what_trains(run: Run, sources: list[dataio.Passes], streams: list[dataio
     weights, precision = sum(p.numel() for p in training.model.query.parameters()), str(training.precision).removeprefix("torch.")
     images, epoch_images = " + ".join(f"{len(source):,}" for source in sources), schedule.steps_per_epoch * schedule.batch_size
     log.info("%s images in %d steps an epoch, %d epochs", images, schedule.steps_per_epoch, cfg.train.epochs)
+    if schedule.begins:
+        log.info("extended from step %d on: a new warm-up, and a cosine from train.lr=%g", schedule.begins, cfg.train.lr)
+    warmup = moco.warmup_steps(schedule.total_steps - schedule.begins, schedule.steps_per_epoch, cfg.train)
+    if warmup < cfg.train.warmup_epochs * schedule.steps_per_epoch:
+        told = "train.warmup_epochs=%g does not fit: the warm-up is a tenth of the run, %d steps"
+        log.warning(told, cfg.train.warmup_epochs, math.ceil(warmup))
     log.info("%s (%.1f M weights), %s on %s", cfg.backbone.name, weights / 1e6, precision, training.device)
     log.info("order: %s%s", sources[0].order_kind, " of materialised shards" if rows.shards else "")
     for place, stream in zip(rows.indices, streams, strict=True) if cfg.data.cache == "none" else ():
@@ -761,7 +802,7 @@ def step_figures(run: Run, out: moco.StepOutput, grad_norm: Tensor, lr: float, k
 def tell_signs(entry: dict, run: Run, told: set[tuple[str, int]]) -> None:
     """Warn of a run that will come to nothing, once per cause and epoch, or stop it where train.when_stuck=stop."""
     cfg = run.cfg.train
-    warmed_up = entry["step"] > cfg.warmup_epochs * run.schedule.steps_per_epoch + 1
+    warmed_up = entry["step"] > moco.warmup_steps(run.schedule.total_steps, run.schedule.steps_per_epoch, cfg) + 1
     for cause, what in moco.signs_of_failure(entry, run.training.monitor["untrained"], cfg, warmed_up).items():
         if (cause, entry["epoch"]) not in told:
             told.add((cause, entry["epoch"]))
@@ -775,7 +816,7 @@ def run_steps(run: Run, monitor: list[tuple[Tensor, Tensor]], last_step: int) ->
     cfg, training, schedule = run.cfg, run.training, run.schedule
     if cfg.train.compile:
         training.compile()
-    timer, told_signs, drawn_at = Timer(), set(), time.monotonic()
+    timer, told_signs, drawn_at, rest = Timer(), set(), time.monotonic(), schedule.total_steps - schedule.begins
     counts = {"total": schedule.total_steps * schedule.batch_size, "initial": training.step * schedule.batch_size}
     with (
         contextlib.closing(run.batches(training.step, last_step)) as batches, open(run.folder / "train_log.jsonl", "a") as log_file,
@@ -784,8 +825,8 @@ def run_steps(run: Run, monitor: list[tuple[Tensor, Tensor]], last_step: int) ->
         for step in range(training.step, last_step):
             images = timer.next(batches)  # uint8 [B, 3, S, S], on the device
             view_q, view_k = run.views(images, "augment", step)  # float [B, 3, S, S] in [-1, 1]
-            lr = moco.lr_at(step, schedule.total_steps, schedule.steps_per_epoch, cfg.train)
-            momentum = moco.key_momentum_at(step / schedule.total_steps, cfg.moco.key_momentum, cfg.moco.key_momentum_schedule)
+            lr = moco.lr_at(step - schedule.begins, rest, schedule.steps_per_epoch, cfg.train)
+            momentum = moco.key_momentum_at((step - schedule.begins) / rest, cfg.moco.key_momentum, cfg.moco.key_momentum_schedule)
             out, grad_norm = training.take_step(view_q, view_k, lr, momentum, draw(cfg.seed, "step", step))
 
             bar.update(len(images))
@@ -851,13 +892,17 @@ def train(cfg: Config, folder: Path) -> float:
                     raise
                 log.warning("embed or eval will refuse the %s side: %s", cfg.embed.split, error)
         streams = dataio.open_streams(rows, cfg.data, cfg.seed)
-        schedule = dataio.Schedule(cfg.curriculum, list(map(len, streams)), cfg.train.batch_size, cfg.train.epochs)
+        extended = saved["meta"].get("extended", []) if saved else []
+        schedule = dataio.Schedule(cfg.curriculum, list(map(len, streams)), cfg.train.batch_size, cfg.train.epochs, extended)
         last_step = min(schedule.total_steps, cfg.train.max_steps or schedule.total_steps)
         marks = {source: dataio.mark_files(index) for source, index in rows.indices.items()}
         meta = {"table": rows.tables[0], "shards": rows.shards, "files": marks}
         if saved:
             check_same_data(saved, meta, rows.tables, cfg, folder)
             training.load_state_dict(saved)
+            if training.step < schedule.begins:
+                told = f"{folder}: only at step {training.step} of {schedule.begins}; before train.extend finish it"
+                raise ValueError(f"{told}, with train.epochs={extended[-1]}")
             if training.step >= last_step:
                 rotate_checkpoints(folder, cfg.train)
                 what = "finished" if training.step >= schedule.total_steps else "at train.max_steps"
@@ -868,8 +913,9 @@ def train(cfg: Config, folder: Path) -> float:
                 log.warning("the run went in %s so far, this device goes on in %s", saved["meta"]["precision"], training.precision)
         resumed, saved = saved is not None, None  # a checkpoint is some four times the weights
         sources = dataio.cached(streams, cfg.data, device)
-        meta |= {"precision": str(training.precision), **describe_machine(device)}
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg))))
+        meta |= {"precision": str(training.precision), "extended": extended, **describe_machine(device)}
+        note = f"# extended after epochs {extended}, see train.extend\n" if extended else ""
+        write_text(folder / "config.yaml", note + OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg))))
         start = {"from_step": training.step, **meta, "files": {s: index.fingerprint for s, index in rows.indices.items()}}
         write_text(folder / "environment.json", json.dumps([*read_starts(folder), start], indent=1))
         run = Run(cfg, folder, training, dataio.CurriculumMixStream(*sources, *[None] * (2 - len(sources)), 0, schedule), meta)
@@ -1077,7 +1123,7 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     if train_rows and cfg.embed.references:
         encoders |= reference_encoders(cfg, train_rows, device)
     note = {
-        "table": table, "split": side, "step": state["step"], "flip": cfg.embed.flip,
+        "table": table, "split": side, "step": state["step"], "flip": cfg.embed.flip, "extended": state["meta"].get("extended", []),
         "data": [index.fingerprint for index in rows.indices.values()], "trained_on": 0 if side else count_trained_on(cfg, table),
     }  # fmt: skip
     made_by = {
@@ -1336,28 +1382,28 @@ def settings_file(run: Path) -> Path | None:
     return run / "config.yaml" if (run / "config.yaml").exists() else asked[-1] if asked else None
 
 
-def report(cfg: Config, pattern: str) -> None:
-    """Several runs side by side: table.csv and curves.png beside them, and the paired difference of each to the first."""
+def report(cfg: Config | DictConfig, pattern: str) -> None:
+    """Several runs side by side: table.csv and curves.png beside them, and the paired difference of each to the first measured."""
     import polars as pl
 
     found = {run: path for run in sorted(map(Path, glob.glob(pattern))) if (path := settings_file(run))}
     if not found:
         raise FileNotFoundError(f"report.runs={pattern}: no run there (a folder with config.yaml)")
     runs, settings = list(found), [flat(read_saved_settings(path)) for path in found.values()]
-    varied = sorted(
-        key for key in settings[0] if key not in ("run", "run_dir", "command") and len({str(s.get(key)) for s in settings}) > 1
-    )
+    values = {key: [s[key] for s in settings if key in s and "${" not in str(s[key])] for key in sorted(set().union(*settings))}
+    varied = [key for key, told in values.items() if key not in OF_EACH and any(value != told[0] for value in told)]
     files = (files_of_evaluation(cfg, run)["metrics"] for run in runs)
     metrics = [json.loads(file.read_text()) if file.exists() else {} for file in files]
-    rows = []
+    first, rows = next((run for run, figures in zip(runs, metrics, strict=True) if figures), runs[0]), []
     for run, setting, figures in zip(runs, settings, metrics, strict=True):
         lines = read_log(run)
         state = f"epoch {lines[-1]['epoch']} of {setting['train.epochs']}" if lines else "not trained, see its log.txt"
         low, high = figures.get("rank1_ci", (None, None))
         rows.append({
-            "run": run.name, "state": state + (", measured" if figures else ""), **{key: str(setting.get(key)) for key in varied},
+            "run": run.name, "state": state + (", measured" if figures else ""),
+            **{key: next((str(value) for value in values[key] if value == setting.get(key)), "") for key in varied},  # 0 is 0.0
             **{key: figures.get(key) for key in ("rank1", "rank5", "rank10", "mrr", "auc", "eer")},
-            "rank1_low": low, "rank1_high": high, **difference_to(runs[0], run, cfg),
+            "rank1_low": low, "rank1_high": high, **difference_to(first, run, cfg),
         })  # fmt: skip
     out = Path(os.path.commonpath(runs)) if len(runs) > 1 else runs[0].parent
     with write_whole(out / "table.csv") as temporary:
@@ -1365,7 +1411,7 @@ def report(cfg: Config, pattern: str) -> None:
     if can_draw():
         with picture(out / "curves.png", 1, 2) as axes:
             for style, (run, figures) in enumerate(zip(runs, metrics, strict=True)):
-                name = ", ".join(f"{key.split('.')[-1]}={s}" for key in varied[:3] if (s := rows[style][key])) or run.name
+                name = ", ".join(f"{key.split('.')[-1]}={s[:20]}" for key in varied[:3] if (s := rows[style][key])) or run.name[:40]
                 lines, cmc = read_log(run), figures.get("cmc", [])
                 steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
                 curve(axes[0, 0], steps, losses, name, style, xlabel="step", ylabel="loss [nats]")
@@ -1419,33 +1465,61 @@ def typed_keys(overrides: Iterable[str]) -> set[str]:
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(raw: DictConfig) -> float | None:
     """Run one command; what it returns is the objective for sweepers, higher is better."""
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    folder, typed = Path(HydraConfig.get().runtime.output_dir), typed_keys(HydraConfig.get().overrides.task)
     try:
-        cfg = load_config(raw)
+        try:
+            cfg = load_config(raw, typed)
+        except ValueError as error:
+            key = re.match(r"[\w.]*", str(error))[0]
+            set_here = typed - HydraConfig.get().runtime.choices.keys()  # to choose a file is not to set its keys
+            raise ValueError(("" if under(key, set_here) else place_of(key)) + str(error)) from error
         with logging_redirect_tqdm():
-            try:
-                return COMMANDS[cfg.command](cfg, folder, typed_keys(HydraConfig.get().overrides.task))
-            finally:
-                if HydraConfig.get().mode == RunMode.MULTIRUN and cfg.command in ("train", "eval", "all"):
-                    with not_vital("table of the sweep"):
-                        report(cfg, glob.escape(str(folder.parent)) + "/*")  # so a sweep ends with its table, failed jobs in it
+            return COMMANDS[cfg.command](cfg, folder, typed)
     except Exception as error:
         log.debug("failed", exc_info=True)  # for log.txt: the terminal gets one line
+        if in_sweep():  # Hydra tells of the first failure alone, and only when all jobs are done
+            log.error("%s failed: %s", folder, in_short(error))
         traceback.clear_frames(error.__traceback__)  # a sweep keeps the errors of its jobs, and they all that the jobs held
         raise
     finally:
+        if in_sweep() and raw.command in ("train", "eval", "all"):
+            with not_vital("table of the sweep"), dataio.locked(folder.parent / ".table.lock", wait=True):
+                report(raw, glob.escape(str(folder.parent)) + "/*")  # so a sweep ends with its table, failed jobs in it
         gc.collect()  # what refers to itself, before the next job of a sweep asks how much memory is free
         torch.cuda.empty_cache()
 
 
-def folder_name(overrides: str) -> str:
-    """The name of a sweep's job folder: its overrides, told apart by their hash where they do not make a name for a disk."""
-    name = re.sub(r"[^\w.,=+-]", "_", overrides) or "defaults"
+TYPED = "SNIPERFACE_TYPED"  # in the environment: the command line, for the processes of a sweep as well
+
+
+def disk_name(told: str, overrides: str) -> str:
+    """`told` as a folder's name, with the hash of the overrides where it does not tell them all or makes no name for a disk."""
+    name = re.sub(r"[^\w.,=+-]", "_", told) or "defaults"
     return name if name == overrides and len(name.encode()) <= 150 else f"{name[:60]}_{dataio.digest(overrides)}"
+
+
+def folder_name(dirname: str, overrides: list[str], sweep_dir: str) -> str:
+    """The name of a sweep's job folder: those of the job's overrides that the sweep varies, without paths and long values.
+
+    All of them, Hydra's `dirname`, where nothing varies, or where an older version has left the folder of that name.
+    """
+    whole, words = disk_name(dirname, dirname), shlex.split(os.environ.get(TYPED, ""))
+    typed = OverridesParser.create().parse_overrides([word for word in words if re.match(r"[\w.@/+~]+=", word)])
+    varies = {word.get_key_element(): word.is_sweep_override() for word in typed}  # typed twice, the last one counts
+    varied = sorted(word.replace("=", "-", 1) for word in overrides if varies.get(word.split("=")[0], True))
+    if not varied or Path(sweep_dir, whole).is_dir():
+        return whole
+    return disk_name("_".join(item for item in varied if "/" not in item and len(item) <= 60), "_".join(varied))
 
 
 def in_short(error: Exception) -> str:
     """What went wrong, without Hydra's search path and without its advice to add an unknown key by force."""
+    if isinstance(error, OverrideParseException):
+        key, equals, value = error.override.replace("\\", "\\\\").replace('"', '\\"').partition("=")
+        spelling = shlex.quote(f'{key}="{value}"') if equals else f"command={key}" if key in COMMANDS else f"{key}=VALUE"
+        return f"{error.override}: cannot be read; write {spelling}"
+    if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark):
+        return f"{mark.name}, line {mark.line + 1}: {error.problem!r}; write 'key: value', each key once, with spaces, no tabs"
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return str(error)
     told = str(error).split("Config search path")[0]
@@ -1462,13 +1536,14 @@ def start() -> None:
     """The command line: run `main`, and end in one line where it cannot."""
     signal.signal(signal.SIGTERM, stop_at_once)
     sys.argv[1:] = [word.replace("=~/", f"={Path.home()}/") for word in sys.argv[1:]]  # Hydra's grammar has no ~
+    os.environ[TYPED] = shlex.join(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra's own refusals arrive below as exceptions
     try:
         main()
     except KeyboardInterrupt as stopped:
         print("sniperface: stopped; the same command goes on where it can", file=sys.stderr)
         sys.exit(128 + (stopped.args or (signal.SIGINT,))[0])
-    except (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException) as error:
+    except (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         sys.exit(f"sniperface: {in_short(error)}")
 
 

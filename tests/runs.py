@@ -39,7 +39,7 @@ RUN = [
 
 def settings(*overrides):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return load_config(compose("config", list(overrides)))
+        return load_config(compose("config", list(overrides)), sniperface.typed_keys(overrides))
 
 
 def quoted(key: str, value: object) -> str:
@@ -159,6 +159,10 @@ def words_of(data: Path, home: Path) -> list[str]:
     """Overrides of a small run on the pictures in `data`; its split and caches are below `home`."""
     globs = [f"data.{source}_glob={data}/{name}_*.parquet" for source, name in SOURCES.items()]
     return [*SMALL, *globs, f"split.out_dir={home}/splits", f"data.cache_dir={home}/cache"]
+
+
+def one_source(data):
+    return [*RUN, quoted("data.digiface_glob", data / "digiface1m_*.parquet"), "data.digi2real_glob=null", "train.max_steps=1"]
 
 
 def train(words, folder, *more):

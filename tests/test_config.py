@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from hydra.errors import HydraException
-from runs import ROOT, RUN, settings
+from runs import ROOT, RUN, in_shell, settings
 
 import sniperface
 from sniperface import CONF, flat
@@ -105,6 +105,41 @@ def test_a_wrong_value_names_the_key_what_was_given_and_what_is_allowed(override
     with pytest.raises(ValueError, match=re.escape(told)) as caught:
         settings(override)
     assert len(str(caught.value).splitlines()) <= 2
+
+
+def test_a_batch_set_alone_takes_the_queue_along_and_says_so(caplog):
+    assert settings("train.batch_size=40000", "moco.symmetric=true").moco.queue_size == 80000
+    assert caplog.messages == ["moco.queue_size=32768 is less than the keys of one step: raised to 80000"]
+    with pytest.raises(ValueError, match=r"moco\.queue_size=32768: must be >= 40000, .*train\.batch_size"):
+        settings("train.batch_size=40000", "moco.queue_size=32768")
+
+
+GLOBAL = "# @package _global_\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "found", "cure"),
+    [
+        (GLOBAL + "train:\n\tlr: 1\n", 3, "\\t", "no tabs"),
+        (GLOBAL + "train:\n  lr: 1\n  lr: 2\n", 4, "duplicate key lr", "no tabs"),
+        ("train:\n  lr: 1\n", 1, "experiment", "'# @package _global_'"),
+        ("", 1, "experiment", "'# @package _global_'"),
+        (GLOBAL + "run: x\ntrain:\n  lr: 1\n  lrr: 1\n", 5, "train.lrr", "see conf/config.yaml for the settings"),
+        (GLOBAL + "train.lr: 1\n", 2, "train.lr", "see conf/config.yaml for the settings"),
+        (GLOBAL + "train:\n  lr: -1\n", 3, "train.lr=-1.0", "must be > 0"),
+    ],
+)
+def test_a_mistake_in_an_experiment_file_is_told_with_file_and_line_and_cure(text, line, found, cure, tmp_path):
+    path = tmp_path / "conf" / "experiment" / "mine.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    told, code = in_shell("--config-dir", str(tmp_path / "conf"), "experiment=mine", cwd=tmp_path)
+    assert code == 1
+    told = told.strip().splitlines()
+    assert told[:-1] in ([], ["Error executing job with overrides: ['experiment=mine']"])  # Hydra's own line
+    assert told[-1].startswith(f"sniperface: {path}, line {line}: ")
+    assert found in told[-1]
+    assert told[-1].endswith(cure)
 
 
 def imports_of(name):

@@ -7,8 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import write_rows
-from runs import SERVER, assert_same_run, refusal, settings, state_of, train
+from runs import SERVER, assert_same_run, log_of, refusal, settings, state_of, train
 
+import moco
 import sniperface
 
 
@@ -38,6 +39,43 @@ def test_settings_that_would_make_it_another_run_are_refused_with_the_command_th
     free = ["train.log_every=1", "data.workers=1", "data.max_bad_fraction=0.5"]
     train(words, tmp_path / "run_001", *free, "train.max_steps=3")
     assert state_of(tmp_path / "run_001")["step"] == 3
+
+
+def test_a_finished_run_is_extended_by_a_new_schedule_to_the_same_bits_however_often_it_stops(words, tmp_path, caplog):
+    caplog.set_level("INFO", logger="sniperface")
+    train(words, tmp_path / "whole")
+    first, longer = log_of(tmp_path / "whole"), ["train.epochs=4", "train.lr=0.02", "train.log_every=1"]
+    with pytest.raises(ValueError, match=r"train.epochs was 2, asked is 4[\s\S]*run=[\s\S]*add train\.extend=true$"):
+        train(words, tmp_path / "whole", *longer)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    train(words, tmp_path / "whole", *longer, "train.extend=true")
+    end = first[-1]["step"]
+    train(words, tmp_path / "parts", *longer, "train.extend=true", f"train.max_steps={end + 3}")
+    train(words, tmp_path / "parts", *longer, f"train.max_steps={end + end // 2 + 1}")  # once extended, it is a run like others
+    with pytest.raises(ValueError, match=rf"{end + end // 2 + 1} of {2 * end}; .* finish it, with train.epochs=4"):
+        train(words, tmp_path / "parts", "train.epochs=5", "train.lr=0.02", "train.extend=true")
+    train(words, tmp_path / "parts", *longer, "train.extend=true")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    lines = log_of(tmp_path / "parts")
+    assert lines[: len(first)] == first
+    rates = [line["lr"] for line in lines[len(first) :]]
+    top = end // 2  # the warm-up is an epoch, as typed
+    assert rates == pytest.approx([moco.lr_at(step, end, end // 2, settings(*words, *longer).train) for step in range(end)])
+    assert rates[0] < rates[1] < rates[top] == max(rates) == 0.02
+    assert rates[-1] < 0.001
+    assert f"extended from step {end} on" in caplog.text
+    assert (tmp_path / "parts" / "config.yaml").read_text().startswith("# extended after epochs [2]")
+    assert sniperface.read_starts(tmp_path / "parts")[-1]["extended"] == [2]
+    sniperface.embed(settings(*words, "embed.references=false"), tmp_path / "parts")
+    sniperface.evaluate(settings(*words), tmp_path / "parts")
+    assert '"extended": [2]' in (tmp_path / "parts" / "report.md").read_text()
+
+
+def test_an_extension_changes_nothing_but_the_length_and_the_rate(words, tmp_path):
+    train(words, tmp_path)
+    for more in (["train.epochs=1"], ["train.epochs=3", "seed=1"], ["train.lr=0.01"]):
+        with pytest.raises(ValueError, match="holds another run"):
+            train(words, tmp_path, *more, "train.extend=true")
 
 
 def test_a_cache_that_would_change_the_order_is_refused_before_it_is_made(words, tmp_path):

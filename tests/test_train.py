@@ -188,6 +188,14 @@ def test_averages_that_overflowed_in_a_skipped_step_of_fp16_stop_the_run(words):
     assert training.find_bad_step() == 7
 
 
+def test_one_epoch_with_the_default_warm_up_trains_and_says_that_it_was_shortened(words, tmp_path, caplog):
+    train(words, tmp_path, "train.epochs=1", "train.log_every=1")
+    assert caplog.text.count("train.warmup_epochs=1 does not fit: the warm-up is a tenth of the run") == 1
+    rates = [line["lr"] for line in log_of(tmp_path)]
+    assert rates.index(max(rates)) == np.ceil(len(rates) / 10)
+    assert rates[-1] < 0.05 * max(rates)
+
+
 HEALTHY = {"step": 9, "epoch": 2, "spread": 0.9, "pos_sim": 0.5, "neg_sim": 0.0, "monitor_loss": 3.0}
 
 
