@@ -1631,15 +1631,16 @@ def augment(images: Tensor, cfg: AugmentConfig, numbers: Tensor) -> Tensor:
     s = strengths_of(cfg, u)
     corners = (u["corners"].view(n, 2, 4) * 2 - 1) * 2 * s["warp"].view(n, 1, 1)
     maps, colours = (t.to(device, non_blocking=True) for t in (geometry(s, corners), colour_matrix(s)))
-    x = resample(to_float(images), maps)
-    x = torch.baddbmm(colours[:, :, 3:], colours[:, :, :3], x.flatten(2)).view_as(x)
+    linear, offset = colours.split([3, 1], dim=2)
+    x = resample(images.float(), maps)
+    x = torch.baddbmm(offset - linear.sum(2, keepdim=True), linear / 127.5, x.flatten(2)).view_as(x)  # and 0..255 to -1..1
     for name, function in FILTERS.items():
         if name == "erase":
-            x = x.clamp(-1, 1)
+            x.clamp_(-1, 1)
         rows = s[name].nonzero().squeeze(1)
         if len(rows):
             where = rows.to(device, non_blocking=True)
-            x[where] = function(x[where], s[name][rows], u["pixels"][rows])
+            x.index_copy_(0, where, function(x.index_select(0, where), s[name][rows], u["pixels"][rows]))
     return x.contiguous(memory_format=torch.channels_last)
 
 
