@@ -154,7 +154,8 @@ def need_writable(folder: Path) -> None:
 def parquet_below(folder: str) -> list[str]:
     """All parquet files below a folder, but not what is hidden, begins with `_`, or was written by `split`."""
     names = [name for name in glob.glob("**/*.parquet", root_dir=folder, recursive=True) if "/_" not in f"/{name}"]
-    ours = tuple(name.removesuffix(SPLIT_TABLE) for name in names if name.endswith(f"/{SPLIT_TABLE}"))
+    tables = [name for name in names if Path(name).name == SPLIT_TABLE]
+    ours = tuple(t.removesuffix(SPLIT_TABLE) + part for t in tables for part in (SPLIT_TABLE, "train/", "val/", "test/"))
     return [path for n in names if not n.startswith(ours) and not os.path.isdir(path := os.path.join(folder, n))]
 
 
@@ -446,8 +447,9 @@ class RowIndex:
 
     @property
     def fingerprint(self) -> str:
-        """Of the files' rows and of which are allowed; neither their names nor their folder count."""
-        return digest(*([value for key, value in mark.items() if key != "name"] for mark in self.marks))
+        """Of the files' rows, of their columns and of which rows are allowed; neither their names nor their folder count."""
+        marks = ([value for key, value in mark.items() if key != "name"] for mark in self.marks)
+        return digest(*([*mark, *vars(columns).values()] for mark, columns in zip(marks, self.columns, strict=True)))
 
     def place(self, i: int) -> tuple[Path, int]:
         """Path of the file and row in it, counted from 0, of row `i` of the index."""
@@ -551,23 +553,26 @@ def read_unit(index: RowIndex, unit: int, rows: np.ndarray, names: Sequence[str]
     )
 
 
-def read_rows(index: RowIndex, places: np.ndarray | None = None) -> Iterator[pa.Table]:
+def read_rows(
+    index: RowIndex, places: np.ndarray | None = None, names: Sequence[str] = ("identity_id", "image_filename", "image_bytes")
+) -> Iterator[pa.Table]:
     """The rows of the index, all or those at some ascending `places`, part of a row group at a time, as SHARD_SCHEMA."""
     places = np.arange(len(index)) if places is None else places
     for unit in np.unique(index.unit[places]).tolist():
         rows = index.row[places[slice(*np.searchsorted(places, index.starts[unit : unit + 2]))]]
-        yield from read_unit(index, unit, rows, SHARD_SCHEMA.names, ROW_GROUP_ROWS)
+        yield from read_unit(index, unit, rows, list(names), ROW_GROUP_ROWS)
 
 
 def mark_files(index: RowIndex) -> list[dict]:
-    """The marks of the files, with how each is compressed, and with a checksum of the first pictures of MARKED_FILES of them."""
+    """The marks of the files, with how each is compressed, and with a checksum of some pictures of MARKED_FILES of them."""
     marks, file = [mark | {"pictures": None} for mark in index.marks], index.units[index.unit, 0]
     for mark, path, metadata in zip(marks, index.paths, index.files, strict=True):
         with naming(path):
             groups = map(metadata.row_group, range(metadata.num_row_groups))
             mark["compression"] = " ".join(sorted({g.column(c).compression for g in groups for c in range(g.num_columns)}))
     for number in range(0, len(marks), -(-len(marks) // MARKED_FILES)):
-        tables = read_rows(index, np.flatnonzero(file == number)[:16])
+        own = np.flatnonzero(file == number)
+        tables = read_rows(index, own[np.unique(np.linspace(0, len(own) - 1, 64).astype(int))] if len(own) else own)
         marks[number]["pictures"] = digest(*(data.as_py() for table in tables for data in table["image_bytes"]))
     return marks
 
@@ -964,16 +969,15 @@ def count_pictures(rows: Rows, hashes: set[int]) -> int:
     return len(found)
 
 
-def read_names(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """Identity and key (source and file name) of each row, as a table of vectors of them has them; str [N] each."""
-    names, keys = [], []
+def read_names(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Identity, file name and key (source and file name) of each row, as a table of vectors of them has them; str [N] each."""
+    names, files, keys = [], [], []
     for source, index in rows.indices.items():
-        for unit in range(len(index.units)):
-            wanted = index.row[index.starts[unit] : index.starts[unit + 1]]
-            for table in read_unit(index, unit, wanted, SHARD_SCHEMA.names[:2], ROW_GROUP_ROWS):
-                names += table["identity_id"].to_pylist()
-                keys += [f"{source}/{name}" for name in table["image_filename"].to_pylist()]
-    return np.array(names, str), np.array(keys, str)
+        for table in read_rows(index, names=SHARD_SCHEMA.names[:2]):
+            names += table["identity_id"].to_pylist()
+            files += table["image_filename"].to_pylist()
+        keys += [f"{source}/{file}" for file in files[len(keys) :]]
+    return np.array(names, str), np.array(files, str), np.array(keys, str)
 
 
 def sample_pictures(rows: Rows, cfg: DataConfig, count: int = 64) -> dict:
@@ -1749,12 +1753,12 @@ def read_vectors(path: Path) -> VectorTable:
     return VectorTable(names, files, sources, vectors, hashes, note)
 
 
-def read_pairs(path: Path, data: VectorTable) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def read_pairs(path: Path, names: np.ndarray, files: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Read a protocol of pairs such as LFW's: `fold`, `image_filename_a`, `image_filename_b`, `same`.
 
     Where file names repeat between people it needs `identity_id_a` and `identity_id_b` as well. Gives [N] each: the rows of both
-    sides in `data`, whether they are the same person, and the fold. Raises ValueError for a file that is not such a protocol, and
-    for pictures without a vector.
+    sides among the pictures of people `names` with `files`, whether they are the same person, and the fold. Raises ValueError for
+    a file that is not such a protocol, and for pictures without a vector.
     """
     parquet, t = open_parquet(path), pa.types
     by_person = any(name in ("identity_id_a", "identity_id_b") for name in parquet.schema_arrow.names)
@@ -1770,7 +1774,7 @@ def read_pairs(path: Path, data: VectorTable) -> tuple[np.ndarray, np.ndarray, n
     empty = [name for name in wanted if table[name].null_count]
     if empty or not set(table["same"].unique().to_pylist()) <= {0, 1}:
         raise ValueError(f"{path}: no value may be missing (look at {empty}) and same must be 0 or 1")
-    held = list(zip(*([data.names.tolist()] if by_person else []), data.files.tolist(), strict=True))
+    held = list(zip(*([names.tolist()] if by_person else []), files.tolist(), strict=True))
     sides = [list(zip(*(read_strings(parquet, path, f"{n}_{side}").to_pylist() for n in picture), strict=True)) for side in "ab"]
     row_of, times = dict(zip(held, range(len(held)), strict=True)), Counter(held)
     for what, bad in (("no embedding", lambda n: n == 0), ("more than one embedding", lambda n: n > 1)):
@@ -1781,6 +1785,6 @@ def read_pairs(path: Path, data: VectorTable) -> tuple[np.ndarray, np.ndarray, n
             raise ValueError(f"{path}: {len(found)} of its pictures, such as {'/'.join(min(found))!r}, have {what}; {cure}")
     a, b = (np.array([row_of[name] for name in side], np.int64) for side in sides)
     same = table["same"].to_numpy().astype(bool)
-    if by_person and len(wrong := np.flatnonzero((data.names[a] == data.names[b]) != same)):
+    if by_person and len(wrong := np.flatnonzero((names[a] == names[b]) != same)):
         raise ValueError(f"{path}: same contradicts the identities in {len(wrong)} rows, first row {wrong[0]}; correct one of them")
     return a, b, same, table["fold"].to_numpy()

@@ -865,9 +865,16 @@ def run_steps(run: Run, monitor: list[tuple[Tensor, Tensor]], last_step: int) ->
         log.info("stopped at train.max_steps=%d of %d; the same command without it goes on", training.step, schedule.total_steps)
 
 
-def enrol_ahead(cfg: Config) -> dict:
-    """Who eval would enrol and look up. Raises ValueError for what it would refuse: doubled names, nobody to look up."""
-    names, keys = dataio.read_names(embedded_rows(cfg, None if cfg.embed.test_glob else cfg.embed.split))
+def look_ahead(cfg: Config) -> dict:
+    """Who eval would enrol and look up. Raises ValueError or OSError for what embed and eval would refuse of those pictures."""
+    names, files, keys = dataio.read_names(embedded_rows(cfg, None if cfg.embed.test_glob else cfg.embed.split))
+    splits = dataio.read_identity_splits(cfg.split.table) if cfg.embed.test_glob and cfg.split.table.exists() else None
+    if splits and (trained := splits.trained.intersection(names.tolist())):
+        raise ValueError(
+            f"{cfg.embed.test_glob}: {len(trained)} identities, such as {min(trained)!r}, are trained on; embed others"
+        )
+    if cfg.eval.pairs:
+        dataio.read_pairs(Path(cfg.eval.pairs), names, files)
     drawn = moco.enrol(names, keys, cfg.eval.enroll_per_id, cfg.eval.seed)
     gallery = len(np.unique(drawn.identity[drawn.enrolled]))
     return {"gallery": gallery, "distractors": drawn.distractors, "probes": len(drawn.probes)}
@@ -886,11 +893,11 @@ def train(cfg: Config, folder: Path) -> float:
         rows = dataio.find_rows(cfg.data, cfg.split, "train", shards=saved["meta"]["shards"] if saved else None)
         if not saved:
             try:
-                enrol_ahead(cfg)
+                look_ahead(cfg)
             except (ValueError, OSError) as error:
                 if cfg.command == "all":
                     raise
-                log.warning("embed or eval will refuse the %s side: %s", cfg.embed.split, error)
+                log.warning("embed or eval will refuse: %s", error)
         streams = dataio.open_streams(rows, cfg.data, cfg.seed)
         extended = saved["meta"].get("extended", []) if saved else []
         schedule = dataio.Schedule(cfg.curriculum, list(map(len, streams)), cfg.train.batch_size, cfg.train.epochs, extended)
@@ -937,54 +944,62 @@ STEPS_APART = {"loss": 1e-3, "grad_norm": 1e-2, "keys": 1e-3}  # how far a step 
 
 
 def describe_side(rows: dataio.Rows, cfg: Config) -> dict:
-    """Rows, people and a sample of one side of the split."""
+    """Rows, people and a sample of one side of the split. Raises ValueError where too many of the sample are broken."""
     people = np.unique(np.concatenate([index.identities() for index in rows.indices.values()]), return_counts=True)[1]
     sample = dataio.sample_pictures(rows, cfg.data)
-    if len(sample["broken"]) > cfg.data.max_bad_fraction * (sample["decoded"] + len(sample["broken"])):
-        log.warning("%d of a sample cannot be decoded, the first: %s", len(sample["broken"]), sample["broken"][0])
+    broken, tried = sample["broken"], sample["decoded"] + len(sample["broken"])
+    if len(broken) > cfg.data.max_bad_fraction * tried:
+        raise ValueError(
+            f"{len(broken)} of a sample of {tried} pictures are broken, the first: {broken[0]}; mend or leave them out"
+        )
     each = {"least": int(people.min()), "median": float(np.median(people)), "most": int(people.max())}
     return {"rows": len(rows), "people": len(people), "pictures_a_person": each, "sample": sample}
 
 
+def compare_devices(cfg: Config, device: torch.device, views: tuple[Tensor, Tensor]) -> dict:
+    """The same step in fp32 on the CPU and on `device`. Raises ValueError where it differs by more than STEPS_APART."""
+    configure_process(device, cfg.deterministic, tf32=False)
+    fp32 = dataclasses.replace(cfg.train, amp="fp32")
+    states = [moco.Training(build_model(cfg), fp32, where) for where in (torch.device("cpu"), device)]
+    apart = moco.compare_steps(*states, *(view[:32] for view in views), seed=0)
+    if any(apart[name] > limit for name, limit in STEPS_APART.items()):
+        raise ValueError(
+            f"{device}: a step differs from the CPU's by {apart}, allowed is {STEPS_APART}; do not train on this machine"
+        )
+    return apart
+
+
 def try_steps(cfg: Config, rows: dataio.Rows, scratch: Path) -> dict:
     """Real steps on the plain stream, a round through the checkpoint, and where there is a GPU its step beside the CPU's."""
-    device, cpu = moco.pick_device(cfg.device), torch.device("cpu")
+    device = moco.pick_device(cfg.device)
     configure_process(device, cfg.deterministic, tf32=True)
     streams = dataio.open_streams(rows, cfg.data, cfg.seed)
     schedule = dataio.Schedule(cfg.curriculum, list(map(len, streams)), cfg.train.batch_size, cfg.train.epochs)
     training = moco.Training(build_model(cfg), cfg.train, device)
     mix = dataio.CurriculumMixStream(*streams, *[None] * (2 - len(streams)), 0, schedule)
-    meta = {"table": rows.tables[0], "shards": rows.shards, "sources": [], "precision": str(training.precision)}
-    run, timer = Run(cfg, scratch, training, mix, meta), Timer()
+    meta = {"table": rows.tables[0], "shards": rows.shards, "files": {}, "precision": str(training.precision)}
+    run, timer, begun = Run(cfg, scratch, training, mix, meta), Timer(), time.perf_counter()
     if cfg.train.compile:
         training.compile()
-    with contextlib.closing(run.batches(0, min(1 + CHECK_STEPS, schedule.total_steps))) as batches:
-        for step in progress(range(min(1 + CHECK_STEPS, schedule.total_steps)), desc="trying steps", unit="step", leave=False):
+    steps = min(1 + CHECK_STEPS, schedule.total_steps)
+    with contextlib.closing(run.batches(0, steps)) as batches:
+        for step in progress(range(steps), desc="trying steps", unit="step", leave=False):
             if step == 1:  # after compiling
                 int(training.first_bad_step)  # waits for the device
                 timer = Timer()
             images = timer.next(batches)
             out, _ = training.take_step(*run.views(images, "augment", step), 1e-4, 0.99, draw(cfg.seed, "step", step))
-            if step and time.perf_counter() - timer.started > CHECK_SECONDS:
+            if time.perf_counter() - begun > CHECK_SECONDS:
                 break
         loss = float(out.loss.detach())
     figures = timer.lap()
     compute = figures["images_per_s"] / max(1 - figures["data_wait"], 1e-6)  # as if all data were there
     through = figures["images_per_s"] if cfg.data.cache == "none" else compute
     save_checkpoint(run, None)
-    again = moco.Training(build_model(cfg), cfg.train, device)
-    again.load_state_dict(load_checkpoint(scratch / "checkpoints" / "last.pt"))
-    views = run.views(images, "augment", 0)
-    apart = {"checkpoint": moco.compare_steps(training, again, *views, seed=0)}
-    if device.type != "cpu":
-        fp32 = dataclasses.replace(cfg.train, amp="fp32")
-        states = [moco.Training(build_model(cfg), fp32, where) for where in (cpu, device)]
-        apart["device"] = moco.compare_steps(*states, *(view[:32] for view in views), seed=0)
-    for what, by in apart.items():
-        if any(by[name] > limit for name, limit in STEPS_APART.items()):
-            raise ValueError(
-                f"{what}: the same step comes out differently, {by}, allowed is {STEPS_APART}; do not train on this machine"
-            )
+    saved = load_checkpoint(scratch / "checkpoints" / "last.pt")["model"]
+    if not all(torch.equal(value.cpu(), saved[name]) for name, value in training.model.state_dict().items()):
+        raise ValueError(f"{scratch}: a checkpoint does not give back what was saved; use another disk")
+    apart = compare_devices(cfg, device, run.views(images, "augment", 0)) if device.type != "cpu" else None
     bytes_each = (scratch / "checkpoints" / "last.pt").stat().st_size
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     waits = figures["data_wait"] > 0.2 and cfg.data.cache == "none"
@@ -992,8 +1007,8 @@ def try_steps(cfg: Config, rows: dataio.Rows, scratch: Path) -> dict:
         "pairs_per_s": figures["images_per_s"], "pairs_per_s_without_waiting": round(compute, 1), "data_wait": figures["data_wait"],
         "loss": loss, "hours": round(schedule.total_steps * schedule.batch_size / through / 3600, 2), "peak_process_gb": peak / 1e9,
         "peak_device_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
-        "checkpoints_gb": bytes_each * (cfg.train.keep_last + 4) / 1e9,
-        "cache_gb": 0 if cfg.data.cache == "none" else len(rows) * 3 * cfg.data.image_size**2 / 1e9, "apart": apart,
+        "checkpoints_gb": bytes_each * (cfg.train.keep_last + 4) / 1e9, "device_beside_cpu": apart,
+        "cache_gb": len(rows) * 3 * cfg.data.image_size**2 / 1e9,
         "limit": "decoding: data.cache=decoded decodes once" if waits else "computing: try train.compile=true, a smaller backbone",
     }  # fmt: skip
 
@@ -1007,29 +1022,41 @@ def check(cfg: Config, folder: Path, typed: set[str]) -> None:
 
     def attempt(name: str, part: Callable) -> object:
         try:
-            page[name] = part()
-        except (ValueError, OSError, FloatingPointError) as error:
+            return part()
+        except (
+            ValueError,
+            OSError,
+            ArithmeticError,
+            RuntimeError,
+            MemoryError,
+        ) as error:  # torch has RuntimeError for too little memory
             refused.append(f"{name}: {error}")
-        return page.get(name)
+            return None
 
-    with tempfile.TemporaryDirectory() as scratch:
+    attempt("run", lambda: find_start(cfg, folder))
+    for place in (cfg.split.out_dir, *[cfg.data.cache_dir] * (cfg.data.cache != "none")):
+        attempt(
+            "disk",
+            lambda place=Path(place): dataio.need_writable(next(p for p in (place, *place.absolute().parents) if p.exists())),
+        )
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
         if not cfg.split.table.exists():
             cfg = dataclasses.replace(cfg, split=dataclasses.replace(cfg.split, out_dir=scratch))
-        sides = ["train", "test", *["val"] * (cfg.split.validation_ratio > 0)]
-        rows = {side: attempt(f"rows of {side}", functools.partial(dataio.find_rows, cfg.data, cfg.split, side)) for side in sides}
-        for side in (side for side in sides if rows[side]):
-            page.pop(f"rows of {side}")
-            attempt(side, functools.partial(describe_side, rows[side], cfg))
-        if rows["test"]:
-            attempt("eval", lambda: enrol_ahead(cfg))
-        if rows["train"]:
-            attempt("steps", lambda: try_steps(cfg, rows["train"], Path(scratch)))
+        for side in ("train", "test", *["val"] * (cfg.split.validation_ratio > 0)):
+            rows = attempt(f"rows of {side}", lambda side=side: dataio.find_rows(cfg.data, cfg.split, side))
+            page[side] = rows and attempt(side, lambda rows=rows: describe_side(rows, cfg))
+            if rows and side == "train":
+                page["steps"] = attempt("steps", lambda rows=rows: try_steps(cfg, rows, Path(scratch)))
+        page["eval"] = attempt("eval", lambda: look_ahead(cfg))
     page["free_disk_gb"] = shutil.disk_usage(folder).free / 1e9
-    need = sum(page.get("steps", {}).get(name, 0) for name in ("checkpoints_gb", "cache_gb"))
+    need = page["steps"]["checkpoints_gb"] + page["steps"]["cache_gb"] * (cfg.data.cache != "none") if page.get("steps") else 0
     if need > page["free_disk_gb"]:
         refused.append(f"{folder}: checkpoints and cache need {need:.1f} GB, {page['free_disk_gb']:.1f} GB are free; make room")
     page["refused"] = refused
     write_text(folder / "check.json", json.dumps(page, indent=1))
+    if {path.name for path in folder.iterdir()} <= {"check.json", "log.txt", ".hydra"}:  # no run: take away what Hydra made
+        (folder / "log.txt").unlink(missing_ok=True)
+        shutil.rmtree(folder / ".hydra", ignore_errors=True)
     shutil.rmtree(folder / ".hydra" / "check", ignore_errors=True)
     log.info("%s", OmegaConf.to_yaml(OmegaConf.create(page)).rstrip())
     if refused:
@@ -1230,7 +1257,7 @@ def measure_pairs(path: str | Path | None, data: dataio.VectorTable, fars: list[
     """The figures of a pair protocol such as LFW's; none where there is no protocol."""
     if not path:
         return {}
-    a, b, same, fold = dataio.read_pairs(Path(path), data)
+    a, b, same, fold = dataio.read_pairs(Path(path), data.names, data.files)
     try:
         return moco.pair_figures(np.einsum("nd,nd->n", data.vectors[a], data.vectors[b]), same, fold, fars)
     except ValueError as error:
@@ -1498,7 +1525,7 @@ def disk_name(told: str, overrides: str) -> str:
     return name if name == overrides and len(name.encode()) <= 150 else f"{name[:60]}_{dataio.digest(overrides)}"
 
 
-def folder_name(dirname: str, overrides: list[str], sweep_dir: str) -> str:
+def folder_name(dirname: str, overrides: list[str], sweep_dir: str, excluded: list[str]) -> str:
     """The name of a sweep's job folder: those of the job's overrides that the sweep varies, without paths and long values.
 
     All of them, Hydra's `dirname`, where nothing varies, or where an older version has left the folder of that name.
@@ -1506,7 +1533,8 @@ def folder_name(dirname: str, overrides: list[str], sweep_dir: str) -> str:
     whole, words = disk_name(dirname, dirname), shlex.split(os.environ.get(TYPED, ""))
     typed = OverridesParser.create().parse_overrides([word for word in words if re.match(r"[\w.@/+~]+=", word)])
     varies = {word.get_key_element(): word.is_sweep_override() for word in typed}  # typed twice, the last one counts
-    varied = sorted(word.replace("=", "-", 1) for word in overrides if varies.get(word.split("=")[0], True))
+    told = [word for word in overrides if (key := word.split("=")[0]) not in excluded and varies.get(key, True)]
+    varied = sorted(word.replace("=", "-", 1) for word in told)
     if not varied or Path(sweep_dir, whole).is_dir():
         return whole
     return disk_name("_".join(item for item in varied if "/" not in item and len(item) <= 60), "_".join(varied))

@@ -1,6 +1,7 @@
 """command=check: what would go wrong later is told at once, and nothing stays but its page."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -32,7 +33,8 @@ def test_a_sound_run_is_described_and_nothing_else_is_left(data, tmp_path):
     assert steps["pairs_per_s"] > 0
     assert steps["hours"] >= 0
     assert steps["checkpoints_gb"] > 0
-    assert steps["apart"]["checkpoint"] == {"loss": 0, "grad_norm": 0, "keys": 0}
+    assert steps["cache_gb"] > 0
+    assert steps["device_beside_cpu"] is None
 
 
 def spoilt(data, home, change):
@@ -68,9 +70,49 @@ def test_several_refusals_are_told_at_once(data, tmp_path):
     assert "rows of test" in told
 
 
-def test_a_step_that_comes_out_differently_is_refused(data, tmp_path, monkeypatch):
+def test_a_step_that_comes_out_differently_on_a_device_is_refused(data, tmp_path, monkeypatch):
+    cfg, views = job(tmp_path, data), torch.rand(2, 40, 3, 32, 32)
+    assert sniperface.compare_devices(cfg, torch.device("cpu"), views) == {"loss": 0, "grad_norm": 0, "keys": 0}
     monkeypatch.setattr(moco, "compare_steps", lambda *_, **__: {"loss": 0.1, "grad_norm": 0.0, "keys": 0.0})
-    assert "comes out differently" in refusal(checked(data, tmp_path))
+    assert "a step differs from the CPU's" in refusal(lambda: sniperface.compare_devices(cfg, torch.device("cpu"), views))
+
+
+def test_a_checkpoint_that_does_not_give_back_what_was_saved_is_refused(data, tmp_path, monkeypatch):
+    real = sniperface.load_checkpoint
+
+    def forgets(path):
+        state = real(path)
+        state["model"]["queue"] = state["model"]["queue"] * 2
+        return state
+
+    monkeypatch.setattr(sniperface, "load_checkpoint", forgets)
+    assert "does not give back" in refusal(checked(data, tmp_path))
+
+
+def test_what_would_stop_a_run_at_its_end_is_told_at_its_start(data, tmp_path, caplog):
+    pairs = quoted("eval.pairs", tmp_path / "none.parquet")
+    assert "none.parquet" in refusal(checked(data, tmp_path / "pairs", pairs))
+    whole = job(tmp_path, data, "command=all", pairs)
+    assert "none.parquet" in refusal(lambda: sniperface.train(whole, tmp_path / "whole"))
+    trained_on = quoted("embed.test_glob", data / "digiface1m_000.parquet")
+    sniperface.train(job(tmp_path, data, "train.max_steps=1"), tmp_path / "run")
+    assert "are trained on" in refusal(checked(data, tmp_path, trained_on))
+    assert "holds another run" in refusal(checked(data, tmp_path, "moco.margin=0.3"))
+
+
+def test_a_sample_of_broken_pictures_is_refused(data, tmp_path):
+    mine = spoilt(data, tmp_path, lambda rows: [row | {"image_bytes": b"none"} for row in rows])
+    told = refusal(checked(mine, tmp_path / "check"))
+    assert re.search(r"train: \d+ of a sample of \d+ pictures are broken", told)
+    assert "test: " in told
+
+
+def test_the_command_leaves_its_page_alone(data, tmp_path):
+    told, code = runs.in_shell("command=check", *runs.one_source(data), cwd=tmp_path)
+    assert code == 0, told
+    assert "pairs_per_s" in told
+    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
+    assert left == ["runs/run_001/check.json"]
 
 
 def test_two_states_are_apart_by_what_was_changed_in_one(data, tmp_path):

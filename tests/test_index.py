@@ -3,6 +3,7 @@
 import re
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import PEOPLE, moved_pictures, numbered_picture, numbered_rows, write_rows
@@ -90,7 +91,7 @@ MUST_NOT_CHANGE = {
     "people": ([row | {"identity_id": row["identity_id"][::-1]} for row in ROWS], {}),
     "pictures": (moved_pictures(ROWS), {"compression": "zstd"}),
     "row groups": (ROWS, {"compression": "zstd", "group": 7}),
-    "bytes": ([*ROWS[:40], ROWS[40] | {"image_bytes": numbered_picture(9)}, *ROWS[41:]], {}),
+    "bytes": ([*ROWS[:40], ROWS[40] | {"image_filename": "renamed.png"}, *ROWS[41:]], {}),
 }
 
 
@@ -120,3 +121,18 @@ def test_the_pictures_of_a_few_files_only_are_read_for_the_marks(tmp_path):
     found = dataio.mark_files(dataio.build_index(str(tmp_path), None))
     assert [mark["name"] for mark in found][3] == "identity_id=03/part-0.parquet"
     assert 4 <= sum(mark["pictures"] is not None for mark in found) <= dataio.MARKED_FILES
+
+
+def test_another_column_of_pictures_has_caches_and_shards_of_its_own(tmp_path):
+    rows = [row | {"crop": row["image_bytes"]} for row in ROWS]
+    path = write_rows(tmp_path / "a.parquet", rows, types={"crop": pa.binary()})
+    whole, crop = (
+        dataio.build_index(str(path), None, dataio.Columns("identity_id", "image_filename", c)) for c in ("image_bytes", "crop")
+    )
+    assert whole.fingerprint != crop.fingerprint
+
+
+def test_a_picture_that_changed_in_the_middle_while_the_file_was_compressed_otherwise_is_seen(tmp_path):
+    changed = [*ROWS[:25], *(row | {"image_bytes": numbered_picture(9)} for row in ROWS[25:35]), *ROWS[35:]]
+    old, new = marks(tmp_path / "a.parquet", ROWS), marks(tmp_path / "a.parquet", changed, compression="zstd")
+    assert dataio.changed_files(old, new, plain=True) == ["a.parquet differs in pictures"]

@@ -96,13 +96,14 @@ LONG = "curriculum.digiface_share=[0.9,0.8,0.7,0.65,0.61,0.6012345,0.60123,0.601
         (["seed=0,1", f"{LONG},[1]"], ["seed=1", LONG], r"seed-1_[0-9a-f]{16}"),
         (["data.digiface_glob=a/x,b/x"], ["data.digiface_glob=b/x"], r"defaults_[0-9a-f]{16}"),
         (["train.lr=0.1", "-m"], ["train.lr=0.1"], "all"),  # nothing varies
+        (["command=train,embed"], ["command=embed"], "all"),  # in the same folder
     ],
 )
 def test_a_job_is_named_by_what_the_sweep_varies_without_long_values_and_paths(typed, overrides, name, monkeypatch, tmp_path):
     monkeypatch.setenv(sniperface.TYPED, shlex.join(["-m", "hydra/launcher=joblib", *typed]))
-    assert re.fullmatch(name, sniperface.folder_name("all", overrides, str(tmp_path)))
+    assert re.fullmatch(name, sniperface.folder_name("all", overrides, str(tmp_path), ["command"]))
     (tmp_path / "all").mkdir()
-    assert sniperface.folder_name("all", overrides, str(tmp_path)) == "all"  # an older version's folder
+    assert sniperface.folder_name("all", overrides, str(tmp_path), ["command"]) == "all"  # an older version's folder
 
 
 def test_a_further_value_in_a_sweep_reruns_nothing_that_is_there_however_it_was_named(data, tmp_path):
