@@ -853,12 +853,33 @@ MID_GREY = 128  # behind transparent pixels
 PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20  # of a text or profile; Pillow's own limit refuses pictures with long notes
 
 
+def without_notes(png: bytes) -> bytes:
+    """A PNG without the chunks that its pixels do not need, but for transparency and EXIF; other bytes as they are."""
+    kept, at = [png[:8]], 8
+    while png.startswith(b"\x89PNG") and at < len(png):
+        chunk = png[at : at + 12 + int.from_bytes(png[at : at + 4])]  # length, kind, content, checksum
+        kept += [chunk] if not chunk[4:5].islower() or chunk[4:8] in (b"tRNS", b"eXIf") else []
+        at += len(chunk)
+    return b"".join(kept) if at > 8 else png
+
+
 def decode_image(data: bytes | memoryview, size: int, max_pixels: int) -> np.ndarray:
     """Encoded image -> RGB uint8 [size, size, 3]; a picture that is not square is cropped to its centre. Raises ValueError.
 
     Floats must be in 0..1, integers in 0..255 or 0..65535; transparent pixels lie on mid-grey; broken metadata is passed over.
     By Pillow: torchvision's decoder ends the process on a damaged PNG.
     """
+    try:
+        return decode_whole(data, size, max_pixels)
+    except ValueError:
+        bare = without_notes(bytes(data))
+        if len(bare) == len(data):
+            raise
+        return decode_whole(bare, size, max_pixels)
+
+
+def decode_whole(data: bytes | memoryview, size: int, max_pixels: int) -> np.ndarray:
+    """As `decode_image`, but for metadata that Pillow cannot read past."""
     if not len(data):
         raise ValueError("no bytes")
     try:

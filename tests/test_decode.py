@@ -2,6 +2,7 @@
 
 import io
 import random
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -359,3 +360,28 @@ def test_three_hundred_mutated_pictures_give_pixels_or_a_value_error():
             outcomes["refused" if str(error) else "refused without a reason"] += 1
     assert outcomes.keys() == {"picture", "refused"}
     assert min(outcomes.values()) > 30
+
+
+def chunks_of(png: bytes) -> list[bytes]:
+    parts, at = [], 8
+    while at < len(png):
+        parts.append(png[at : at + 12 + int.from_bytes(png[at : at + 4])])
+        at += len(parts[-1])
+    return parts
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"), [(b"tEXt", b"a\0note"), (b"pHYs", b"\0"), (b"gAMA", b"\0"), (b"sRGB", b""), (b"acTL", b"\0")]
+)
+@pytest.mark.parametrize("checksum", ["wrong", "right"])
+def test_a_png_whose_notes_are_damaged_is_decoded_and_one_whose_pixels_are_is_not(kind, content, checksum):
+    whole = encode(np.full((8, 8, 3), 90, np.uint8))
+    right = zlib.crc32(kind + content).to_bytes(4)
+    note = len(content).to_bytes(4) + kind + content + (right if checksum == "right" else b"oops")
+    header, *rest = chunks_of(whole)
+    assert (dataio.decode_image(whole[:8] + header + note + b"".join(rest), 8, 10**6) == 90).all()
+    broken = b"".join(
+        part[:8] + bytes(len(part) - 12) + part[-4:] if part[4:8] == b"IDAT" else part for part in (header, note, *rest)
+    )
+    with pytest.raises(ValueError, match=r"\w"):
+        dataio.decode_image(whole[:8] + broken, 8, 10**6)
