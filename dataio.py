@@ -1564,8 +1564,10 @@ def low_resolution_map(kept: int, size: int) -> Tensor:
 
 def on_axes(x: Tensor, maps: Tensor) -> Tensor:
     """Apply a matrix [n, S, S] for each image to its rows and to its columns."""
-    maps = maps.to(x.device, non_blocking=True)[:, None]
-    return maps @ x @ maps.mT
+    maps = maps.to(x.device, non_blocking=True)
+    for _ in range(2):  # the last axis, which then changes places with the one before it
+        x = (x.flatten(1, 2) @ maps.mT).view_as(x).mT
+    return x
 
 
 def lower_resolution(x: Tensor, side: Tensor, _: Tensor) -> Tensor:
