@@ -12,6 +12,7 @@ import argparse
 import itertools
 import logging
 import multiprocessing
+import os
 import random
 import resource
 import shutil
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import common
 import pyarrow.parquet as pq
+import torch
 from demo_faces import draw_face, write_demo_faces
 from runs import bits, job, result
 from test_kills import KILLED, die_at, watch_writes
@@ -210,6 +212,8 @@ if __name__ == "__main__":
     parser.add_argument("--fuzz-seconds", type=float, default=60.0, help="of each kind of damaged file")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # of FAISS: a fork cannot use the threads that its parent has started
+    torch.set_num_threads(1)
     sniperface.can_draw = lambda: False  # half the time of a run, and nothing depends on it
     logging.getLogger("sniperface").setLevel(logging.ERROR)
     common.print_head("fault", *COLUMNS, widths=WIDTHS)
