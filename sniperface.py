@@ -132,19 +132,22 @@ def under(key: str, sections: Iterable[str]) -> bool:
     return any((key + ".").startswith(section + ".") for section in sections)
 
 
+def keys_of_step(cfg: Config) -> int:
+    return cfg.train.batch_size * (2 if cfg.moco.symmetric else 1)
+
+
 def check_together(cfg: Config, typed: Iterable[str]) -> None:
-    """Check settings that limit each other; a queue that nobody typed is made to fit the batch. Raises ValueError."""
+    """Check settings that limit each other; a queue that nobody typed holds at least a step's keys. Raises ValueError."""
     points, shares = cfg.curriculum.progress, cfg.curriculum.digiface_share
     if len(points) != len(shares) or sorted(set(points)) != points or not all(0 <= v <= 1 for v in points + shares):
         raise ValueError(
             f"curriculum.progress={points}, digiface_share={shares}: two lists of one length in 0..1, progress ascending"
         )
-    keys = cfg.train.batch_size * (2 if cfg.moco.symmetric else 1)
-    if cfg.moco.queue_size < keys and under("moco.queue_size", typed):
-        raise ValueError(f"moco.queue_size={cfg.moco.queue_size}: must be >= {keys}, the keys of one step (train.batch_size)")
+    keys = keys_of_step(cfg)
     if cfg.moco.queue_size < keys:
-        log.warning("moco.queue_size=%d is less than the keys of one step: raised to %d", cfg.moco.queue_size, keys)
-        cfg.moco.queue_size = keys
+        if under("moco.queue_size", typed):
+            raise ValueError(f"moco.queue_size={cfg.moco.queue_size}: must be >= {keys}, the keys of one step (train.batch_size)")
+        log.warning("moco.queue_size=%d is less than the keys of one step: %d are kept", cfg.moco.queue_size, keys)
     for name, op in cfg.augment.ops.items():
         if op.low > op.high or (op.low <= 0 and name in ("zoom", "aspect")):
             raise ValueError(f"augment.{name}: low={op.low} must be <= high={op.high}, and > 0 for zoom and aspect")
@@ -694,7 +697,8 @@ class Run(NamedTuple):
 
 
 def build_model(cfg: Config) -> moco.MoCo:
-    return moco.build_moco(cfg.backbone, cfg.moco, draw_seed(cfg.seed, "weights"))
+    fitting = dataclasses.replace(cfg.moco, queue_size=max(cfg.moco.queue_size, keys_of_step(cfg)))
+    return moco.build_moco(cfg.backbone, fitting, draw_seed(cfg.seed, "weights"))
 
 
 def draw_monitor(run: Run) -> list[tuple[Tensor, Tensor]]:
@@ -712,7 +716,7 @@ def start_afresh(run: Run, monitor: list[tuple[Tensor, Tensor]]) -> None:
     The queue's keys are of the last images of the first epoch, which the next steps will not draw.
     """
     cfg, schedule = run.cfg, run.schedule
-    steps = min(schedule.steps_per_epoch, -(-cfg.moco.queue_size // cfg.train.batch_size))
+    steps = min(schedule.steps_per_epoch, -(-len(run.training.model.queue) // cfg.train.batch_size))
     batches = run.batches(schedule.steps_per_epoch - steps, schedule.steps_per_epoch)
     batches = progress(batches, total=steps, desc="filling the queue", unit="batch", leave=False)
     with not_vital("views.png"):
@@ -776,13 +780,13 @@ def say_what_trains(run: Run, sources: list[dataio.Passes], streams: list[dataio
             memory = (place, largest, dataio.LANES)
             log.warning("%s: row groups of %d pictures, %d at a time in memory; command=split writes small ones", *memory)
         if not rows.shards:
-            worse = dataio.shuffle_quality(stream, cfg.moco.queue_size * len(stream) // sum(map(len, streams)))
+            worse = dataio.shuffle_quality(stream, len(training.model.queue) * len(stream) // sum(map(len, streams)))
             advice = "; data.cache=decoded or command=split mend that" if worse > 2 else ""
             told = "%s: %.1f times as many pictures of the same person in the queue as in a true shuffle%s"
             log.info(told, place, worse, advice)
-    if cfg.moco.queue_size > epoch_images / 2:
+    if len(training.model.queue) > epoch_images / 2:
         told = "moco.queue_size=%d holds more than half an epoch (%d images): many negatives are pictures of the query's own face"
-        log.warning(told, cfg.moco.queue_size, epoch_images)
+        log.warning(told, len(training.model.queue), epoch_images)
 
 
 def step_figures(run: Run, out: moco.StepOutput, grad_norm: Tensor, lr: float, key_momentum: float) -> dict:
@@ -792,7 +796,7 @@ def step_figures(run: Run, out: moco.StepOutput, grad_norm: Tensor, lr: float, k
     tensors = {name: round(value.item(), 6) for name, value in out._asdict().items() if value.ndim == 0}
     return {
         "step": step, "epoch": (step - 1) // schedule.steps_per_epoch + 1, **tensors,
-        "chance_loss": round(moco.chance_loss(cfg.moco.queue_size, cfg.moco.temperature, cfg.moco.margin), 6),
+        "chance_loss": round(moco.chance_loss(len(run.training.model.queue), cfg.moco.temperature, cfg.moco.margin), 6),
         "queue_ptr": int(run.training.model.queue_ptr), "lr": lr, "key_momentum": key_momentum,
         "grad_norm": round(float(grad_norm), 6) if torch.isfinite(grad_norm) else None,  # a step that fp16 skipped: NaN is no JSON
         "digiface_share": round(schedule.digiface_share(since, step), 4),
