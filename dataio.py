@@ -1437,6 +1437,11 @@ class CurriculumMixStream:
             yield from images
 
 
+def mix_from_start(sources: Sequence, schedule: Schedule) -> CurriculumMixStream:
+    """One source or two, mixed from the first epoch on."""
+    return CurriculumMixStream(sources[0], sources[1] if len(sources) == 2 else None, 0, schedule)
+
+
 # ---- Augmentation: whole batches on the device, each image with its own draw ----
 
 

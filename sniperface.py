@@ -929,7 +929,7 @@ def train(cfg: Config, folder: Path) -> float:
         write_text(folder / "config.yaml", note + OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg))))
         start = {"from_step": training.step, **meta, "files": {s: index.fingerprint for s, index in rows.indices.items()}}
         write_text(folder / "environment.json", json.dumps([*read_starts(folder), start], indent=1))
-        run = Run(cfg, folder, training, dataio.CurriculumMixStream(*sources, *[None] * (2 - len(sources)), 0, schedule), meta)
+        run = Run(cfg, folder, training, dataio.mix_from_start(sources, schedule), meta)
         say_what_trains(run, sources, streams, rows)
         monitor = draw_monitor(run)
         if not resumed:
@@ -980,7 +980,7 @@ def try_steps(cfg: Config, rows: dataio.Rows, scratch: Path) -> dict:
     streams = dataio.open_streams(rows, cfg.data, cfg.seed)
     schedule = dataio.Schedule(cfg.curriculum, list(map(len, streams)), cfg.train.batch_size, cfg.train.epochs)
     training = moco.Training(build_model(cfg), cfg.train, device)
-    mix = dataio.CurriculumMixStream(*streams, *[None] * (2 - len(streams)), 0, schedule)
+    mix = dataio.mix_from_start(streams, schedule)
     meta = {"table": rows.tables[0], "shards": rows.shards, "files": {}, "precision": str(training.precision)}
     run, timer, begun = Run(cfg, scratch, training, mix, meta), Timer(), time.perf_counter()
     if cfg.train.compile:
@@ -1078,7 +1078,7 @@ def reference_encoders(cfg: Config, rows: dataio.Rows, device: torch.device) -> 
     streams = dataio.open_streams(rows, cfg.data, cfg.seed)
     batch = min(256, len(rows))
     schedule = dataio.Schedule(None, list(map(len, streams)), batch, 1)
-    mix = dataio.CurriculumMixStream(*streams, *[None] * (2 - len(streams)), 0, schedule)
+    mix = dataio.mix_from_start(streams, schedule)
     images = list(mix.batches(0, min(schedule.steps_per_epoch, REFERENCE_IMAGES // batch), workers=cfg.data.workers))
     backbone = build_model(cfg).query.backbone.to(device)
     moco.calibrate_batchnorm(backbone, (dataio.to_float(part.to(device)) for part in images))
