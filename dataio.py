@@ -1472,6 +1472,7 @@ class AugmentConfig:
     saturation: Op
     hue: Op
     grey: Op
+    light: Op
     low_resolution: Op
     blur: Op
     sharpness: Op
@@ -1493,7 +1494,7 @@ class AugmentConfig:
 
 OPS = [entry.name for entry in fields(AugmentConfig) if entry.type is Op]
 NEUTRAL = {"zoom": 1.0, "aspect": 1.0, "brightness": 1.0, "contrast": 1.0, "saturation": 1.0}  # the others: 0
-NUMBERS = {"gate": len(OPS), "strength": len(OPS), "nothing": 1, "flip": 1, "corners": 8, "pixels": 6}  # that a view is made of
+NUMBERS = {"gate": len(OPS), "strength": len(OPS), "nothing": 1, "flip": 1, "corners": 8, "pixels": 10}  # that a view is made of
 LUMA = (0.299, 0.587, 0.114)
 
 
@@ -1575,6 +1576,14 @@ def on_axes(x: Tensor, maps: Tensor) -> Tensor:
     return x
 
 
+def relight(x: Tensor, deviation: Tensor, u: Tensor) -> Tensor:
+    """Light from somewhere: a gain that varies smoothly over the picture, and a gamma, both of a log deviation [n] each."""
+    normal = math.sqrt(2) * torch.erfinv((2 * u - 1).clamp(-0.999, 0.999)) * deviation[:, None]  # [n, 10]
+    size, gamma = x.shape[-2:], per_image(normal[:, 9].exp(), x)
+    gain = F.interpolate(normal[:, :9].view(-1, 1, 3, 3).to(x.device), size, mode="bicubic", align_corners=True).exp()
+    return ((x + 1) / 2).clamp(0, 1).pow(gamma) * gain * 2 - 1
+
+
 def lower_resolution(x: Tensor, side: Tensor, _: Tensor) -> Tensor:
     """Shrink to a share `side` [n] of the size, in whole pixels, and back."""
     kept = (x.shape[-1] * side).round().clamp(min=1).int().tolist()
@@ -1640,8 +1649,8 @@ def erase(x: Tensor, area: Tensor, u: Tensor) -> Tensor:
     return torch.where(inside.to(x.device, non_blocking=True), colour.to(x.device, non_blocking=True), x)
 
 
-FILTERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # of images [n, 3, S, S], strengths [n], numbers [n, 6]
-    "low_resolution": lower_resolution, "blur": blur, "sharpness": sharpen, "posterise": posterise, "solarise": solarise,
+FILTERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # of images [n, 3, S, S], strengths [n], numbers [n, 10]
+    "light": relight, "low_resolution": lower_resolution, "blur": blur, "sharpness": sharpen, "posterise": posterise, "solarise": solarise,
     "autocontrast": autocontrast, "equalise": equalise, "noise": add_noise, "erase": erase,
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ Wang and Isola 2020 (arXiv:2005.10242), RankMe (arXiv:2210.02885).
 
 import copy
 import hashlib
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -569,32 +570,99 @@ def signs_of_failure(entry: dict, untrained: float, cfg: TrainConfig, warmed_up:
 
 Encoder = Callable[[Tensor], Tensor]  # views float [n, 3, S, S] in [-1, 1], on its device -> unit rows float32 [n, D] on the CPU
 PCA_SIDE_PX, PCA_COMPONENTS = 32, 128
+WHITEN_ROWS, SHRINKAGE = 1000, 1.0  # least rows for a whitening as it should be; shrinkage found by tests/bench/recipe.py
 
 
-def freeze(backbone: nn.Module, device: torch.device, flip: bool) -> Encoder:
+class Whitening(NamedTuple):
+    """Vectors seen from the mean, along their principal directions, each divided by its standard deviation."""
+
+    mean: Tensor  # [D]
+    basis: Tensor  # [D, 512], zeros where there are fewer directions
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """[n, D] -> unit rows float32 [n, 512]"""
+        return F.normalize((vectors - self.mean) @ self.basis)
+
+
+def fit_whitening(vectors: Tensor) -> Whitening:
+    """Fit to rows [N, D], without labels. SHRINKAGE times the mean variance is added to that of each direction.
+
+    It is what makes little-varying directions count: what a face encoder learns early lies in these.
+    """
+    shrinkage = SHRINKAGE * max(1, WHITEN_ROWS / len(vectors))
+    mean = vectors.mean(0)
+    with torch.random.fork_rng(devices=[]):  # the directions are found by random projections (arXiv:0909.4061)
+        torch.manual_seed(0)
+        count = min(EMBEDDING_DIM, len(vectors), vectors.shape[1])
+        _, scale, directions = torch.pca_lowrank(vectors - mean, count, center=False)
+    variance = scale**2 / len(vectors)
+    basis = directions / (variance + shrinkage * variance.mean()).sqrt().clamp(min=TIE)
+    return Whitening(mean, F.pad(basis, (0, EMBEDDING_DIM - count)))
+
+
+def freeze(backbone: nn.Module, device: torch.device, flip: bool, whitening: Whitening | None = None) -> Encoder:
     """A backbone as an encoder, in fp32, so that a vector does not depend on its batch; `flip` adds the mirrored picture."""
     backbone = backbone.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def encode(views: Tensor) -> Tensor:
-        return F.normalize((backbone(views) + (backbone(views.flip(3)) if flip else 0)).float()).cpu()
+        vectors = F.normalize((backbone(views) + (backbone(views.flip(3)) if flip else 0)).float()).cpu()
+        return whitening(vectors) if whitening else vectors
 
     return encode
 
 
+def grey_of(views: Tensor) -> Tensor:
+    """Views [n, 3, S, S] -> luma [n, 1, S, S], on the CPU."""
+    return views.cpu().mul(torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+
+
+def small_grey(views: Tensor) -> Tensor:
+    """Views [n, 3, S, S] -> small grey pictures as rows [n, PCA_SIDE_PX^2]."""
+    small = F.interpolate(grey_of(views), size=(PCA_SIDE_PX, PCA_SIDE_PX), mode="bilinear", antialias=True)
+    return small.flatten(1)
+
+
+def lbp_histograms(views: Tensor) -> Tensor:
+    """Square roots of local histograms of uniform binary patterns: views [n, 3, S, S] -> [n, 3 radii * 81 cells * 59] = [n, 14337].
+
+    Local binary patterns of 8 neighbours on circles of 1, 2 and 3 px (Ojala et al. 2002), counted in 9 x 9 cells of 10 px (faces:
+    Ahonen et al. 2006), in the middle 96 x 96 px of a picture of 112 x 112 px; others are resized first.
+    """
+    grey = F.interpolate(grey_of(views), size=(112, 112), mode="bilinear", antialias=True)[:, 0, 8:104, 8:104]  # [n, 96, 96]
+    bits = [[byte >> i & 1 for i in range(8)] for byte in range(256)]
+    uniform = [byte for byte in range(256) if sum(a != b for a, b in itertools.pairwise([*bits[byte], bits[byte][0]])) <= 2]
+    label = torch.full((256,), len(uniform)).index_copy_(0, torch.tensor(uniform), torch.arange(len(uniform)))  # 58: all others
+    cell = torch.arange(90) // 10
+    first = (9 * cell[:, None] + cell) * 59  # [90, 90] of the cell's histogram
+
+    def histogram(radius: int) -> Tensor:
+        code = torch.zeros(len(grey), 90, 90, dtype=torch.long)
+        for bit in range(8):
+            y, x = 3 - radius * math.sin(math.pi * bit / 4), 3 + radius * math.cos(math.pi * bit / 4)
+            top, left = math.floor(y + 1e-9), math.floor(x + 1e-9)  # a whole pixel is one, whatever the rounding of sine
+            rows = torch.lerp(grey[:, top : top + 90], grey[:, min(top + 1, 6) :][:, :90], y - top)
+            neighbour = torch.lerp(rows[:, :, left : left + 90], rows[:, :, min(left + 1, 6) :][:, :, :90], x - left)
+            code += (neighbour > grey[:, 3:93, 3:93] - TIE).long() << bit
+        place = (first + label[code]).flatten(1)
+        return torch.zeros(len(grey), 81 * 59).scatter_add_(1, place, torch.ones(place.shape))
+
+    return torch.cat([histogram(radius) for radius in (1, 2, 3)], dim=1).sqrt()
+
+
 def fit_pca(batches: Iterable[Tensor]) -> Encoder:
     """Whitened principal components of small grey pictures, fitted to views without labels (eigenfaces, Turk and Pentland 1991)."""
-
-    def small_grey(views: Tensor) -> Tensor:
-        grey = views.cpu().mul(torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
-        small = F.interpolate(grey, size=(PCA_SIDE_PX, PCA_SIDE_PX), mode="bilinear", antialias=True)
-        return small.flatten(1).double()  # [n, side^2]
-
-    fitted = torch.cat([small_grey(views) for views in batches])
+    fitted = torch.cat([small_grey(views) for views in batches]).double()
     mean = fitted.mean(0)
     values, vectors = torch.linalg.eigh((fitted - mean).T @ (fitted - mean) / len(fitted))
     count = min(PCA_COMPONENTS, len(fitted) - 1)
     basis = vectors[:, -count:] / values[-count:].clamp(min=1e-9).sqrt()  # [side^2, count]
-    return lambda views: F.normalize((small_grey(views) - mean) @ basis).float()
+    return lambda views: F.normalize((small_grey(views).double() - mean) @ basis).float()
+
+
+def fit_lbp(batches: Iterable[Tensor]) -> Encoder:
+    """Whitened `lbp_histograms`: what a face descriptor of 2006 tells without any training, fitted to views without labels."""
+    whitening = fit_whitening(torch.cat([lbp_histograms(views) for views in batches]))
+    return lambda views: whitening(lbp_histograms(views))
 
 
 # ---- Vectors and enrolment ----

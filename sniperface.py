@@ -72,6 +72,7 @@ class EmbedConfig:
     test_glob: str | None
     batch_size: int = field(metadata={"at_least": 1})
     flip: bool
+    whiten: str = field(metadata={"one_of": ("train", "none")})
     references: bool
     leak_check: bool
     out: str | None
@@ -337,6 +338,15 @@ def check_seal(path: Path) -> None:
     told = bytes(data[-len(SEAL) - DIGEST_BYTES :])
     if told != SEAL + hashlib.sha256(data[: -len(told)]).hexdigest().encode():
         raise ValueError("does not match its checksum, or has none")
+
+
+def write_checkpoint(state: dict, path: Path) -> None:
+    with write_whole(path) as temporary:
+        try:
+            torch.save(state, temporary)
+            seal(temporary)
+        except RuntimeError as error:  # torch's word for a full disk
+            raise OSError(f"{path}: cannot be written ({first_line(error)}); is the disk full?") from error
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -748,12 +758,7 @@ def save_checkpoint(run: Run, epoch: int | None) -> None:
     """Save the state whole, as epoch_XX.pt or step_NNNNNNN.pt, let last.pt mean it, and rotate the older ones."""
     training, checkpoints = run.training, run.folder / "checkpoints"
     name = f"step_{training.step:07d}.pt" if epoch is None else f"epoch_{epoch:02d}.pt"
-    with write_whole(checkpoints / name) as temporary:
-        try:
-            torch.save(training.state_dict() | {"config": dataclasses.asdict(run.cfg), "meta": run.meta}, temporary)
-            seal(temporary)
-        except RuntimeError as error:  # torch's word for a full disk
-            raise OSError(f"{checkpoints / name}: cannot be written ({first_line(error)}); is the disk full?") from error
+    write_checkpoint(training.state_dict() | {"config": dataclasses.asdict(run.cfg), "meta": run.meta}, checkpoints / name)
     if epoch is not None and training.monitor["last"] <= training.monitor["best"]:
         link(checkpoints / name, checkpoints / "best.pt")
     link(checkpoints / name, checkpoints / "last.pt")  # the last act: a resume trusts last.pt first
@@ -869,6 +874,26 @@ def run_steps(run: Run, monitor: list[tuple[Tensor, Tensor]], last_step: int) ->
         log.info("stopped at train.max_steps=%d of %d; the same command without it goes on", training.step, schedule.total_steps)
 
 
+def whiten_checkpoints(cfg: Config, folder: Path, sources: list[dataio.Passes], device: torch.device) -> None:
+    """Put the whitening into the final and the best checkpoint of a finished run, where it is not there yet."""
+    if cfg.embed.whiten == "none":
+        return
+    checkpoints = folder / "checkpoints"
+    final = load_checkpoint(checkpoints / "last.pt")
+    best = load_checkpoint(checkpoints / "best.pt")
+    configure_process(device, deterministic=True, tf32=False)  # as embed computes
+    model = build_model(cfg)
+    for state, path in ((best, checkpoints / "best.pt"), (final, checkpoints / f"epoch_{cfg.train.epochs:02d}.pt")):
+        if "whitening" not in state and (state is final or state["step"] < final["step"]):
+            moco.load_weights(model, state["model"])
+            state["whitening"] = fit_whitening(model.query.backbone, sources, cfg, device)._asdict()
+            write_checkpoint(state, path)
+    link(path, checkpoints / "last.pt")
+    if best["step"] == final["step"]:
+        link(path, checkpoints / "best.pt")
+    rotate_checkpoints(folder, cfg.train)
+
+
 def look_ahead(cfg: Config) -> dict:
     """Who eval would enrol and look up. Raises ValueError or OSError for what embed and eval would refuse of those pictures."""
     names, files, keys = dataio.read_names(embedded_rows(cfg, None if cfg.embed.test_glob else cfg.embed.split))
@@ -918,6 +943,8 @@ def train(cfg: Config, folder: Path) -> float:
                 rotate_checkpoints(folder, cfg.train)
                 what = "finished" if training.step >= schedule.total_steps else "at train.max_steps"
                 log.info("%s: %s, %d of %d steps; nothing to do", folder, what, training.step, schedule.total_steps)
+                if training.step >= schedule.total_steps and "whitening" not in saved:
+                    whiten_checkpoints(cfg, folder, streams, device)
                 return -min(training.monitor["best"], training.monitor["last"])
             log.info("going on from step %d of %d", training.step, schedule.total_steps)
             if saved["meta"]["precision"] != str(training.precision):
@@ -938,6 +965,8 @@ def train(cfg: Config, folder: Path) -> float:
         kept = [e for e in read_log(folder) if e["step"] < training.step + (planned or "monitor_loss" in e)]
         write_text(folder / "train_log.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept))
         run_steps(run, monitor, last_step)
+        if training.step >= schedule.total_steps:
+            whiten_checkpoints(cfg, folder, sources, device)
         return -min(training.monitor["best"], training.monitor["last"])
 
 
@@ -1069,20 +1098,39 @@ def check(cfg: Config, folder: Path, typed: set[str]) -> None:
 
 # ---- embed ----
 
-REFERENCE_IMAGES = 4096  # train images that the references are fitted on
-REFERENCES = ("untrained", "pca")
+REFERENCE_IMAGES, WHITEN_IMAGES = 4096, 50_000  # train images that the references and a whitening are fitted on, at most
+REFERENCES = ("untrained", "lbp", "pca")
+
+
+def sample_images(sources: list[dataio.Passes], cfg: Config, count: int) -> Iterator[Tensor]:
+    """At most `count` train pictures as uint8 [B, 3, S, S], of each source its share."""
+    rows = list(map(len, sources))
+    schedule = dataio.Schedule(None, rows, min(256, sum(rows)), 1)
+    steps = min(schedule.steps_per_epoch, -(-count // schedule.batch_size))
+    return dataio.mix_from_start(sources, schedule).batches(0, steps, workers=cfg.data.workers)
+
+
+def fit_whitening(
+    backbone: torch.nn.Module, sources: list[dataio.Passes], cfg: Config, device: torch.device
+) -> moco.Whitening:  # fmt: skip
+    """The whitening of the frozen encoder's vectors, in one pass over a sample of the train pictures."""
+    encode, count = moco.freeze(backbone, device, cfg.embed.flip), min(WHITEN_IMAGES, sum(map(len, sources)))
+    images = progress(sample_images(sources, cfg, count), total=-(-count // 256), desc="fitting the whitening", unit="batch")
+    return moco.fit_whitening(torch.cat([encode(dataio.to_float(part.to(device))) for part in images]))
 
 
 def reference_encoders(cfg: Config, rows: dataio.Rows, device: torch.device) -> dict[str, moco.Encoder]:
-    """What any encoder must beat: itself untrained (its statistics calibrated, else it is weaker than need be) and PCA."""
-    streams = dataio.open_streams(rows, cfg.data, cfg.seed)
-    batch = min(256, len(rows))
-    schedule = dataio.Schedule(None, list(map(len, streams)), batch, 1)
-    mix = dataio.mix_from_start(streams, schedule)
-    images = list(mix.batches(0, min(schedule.steps_per_epoch, REFERENCE_IMAGES // batch), workers=cfg.data.workers))
+    """What any encoder must beat: itself untrained (its statistics calibrated, else it is weaker than need be), LBP and PCA."""
+    images = list(sample_images(dataio.open_streams(rows, cfg.data, cfg.seed), cfg, REFERENCE_IMAGES))
     backbone = build_model(cfg).query.backbone.to(device)
     moco.calibrate_batchnorm(backbone, (dataio.to_float(part.to(device)) for part in images))
-    return {"untrained": moco.freeze(backbone, device, cfg.embed.flip), "pca": moco.fit_pca(map(dataio.to_float, images))}
+    encode = moco.freeze(backbone, device, cfg.embed.flip)
+    if cfg.embed.whiten == "train":
+        whitening = moco.fit_whitening(torch.cat([encode(dataio.to_float(part.to(device))) for part in images]))
+        encode = moco.freeze(backbone, device, cfg.embed.flip, whitening)
+    return {
+        "untrained": encode, "lbp": moco.fit_lbp(map(dataio.to_float, images)), "pca": moco.fit_pca(map(dataio.to_float, images))
+    }  # fmt: skip
 
 
 def short_name(path: str) -> str:
@@ -1105,9 +1153,9 @@ def reference_path(embeddings: Path, name: str) -> Path:
     return embeddings.with_name(f"{embeddings.stem}.{name}.parquet")
 
 
-def find_train_rows(cfg: Config, table: str) -> dataio.Rows | None:
-    """The rows that the references are fitted on and that test pictures are looked for in; None where they are not here."""
-    if not (cfg.embed.references or cfg.embed.leak_check):
+def find_train_rows(cfg: Config, table: str, needed: dict[str, bool]) -> dataio.Rows | None:
+    """The rows that what is `needed` is fitted on or looked for in; None where they are not here, with a line of what is left out."""
+    if not any(needed.values()):
         return None
     try:
         rows = dataio.find_rows(cfg.data, cfg.split, "train")
@@ -1116,7 +1164,8 @@ def find_train_rows(cfg: Config, table: str) -> dataio.Rows | None:
         why = f"{cfg.split.out_dir} holds split table {rows.tables[0]}, the checkpoint's is {table}"
     except FileNotFoundError as error:
         why = first_line(error)
-    log.warning("no references and no leak check, the run's train data is not here: %s", why)
+    left_out = " and ".join(f"no {what}" for what, asked in needed.items() if asked)
+    log.warning("%s, the run's train data is not here: %s", left_out, why)
     return None
 
 
@@ -1147,19 +1196,25 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
             f"{path} was trained with split table {table}, {cfg.split.out_dir} has {rows.tables[0]}: "
             f"its test identities may have been trained on"
         )
-    train_rows = find_train_rows(cfg, table)
+    whitening = moco.Whitening(**state["whitening"]) if cfg.embed.whiten == "train" and "whitening" in state else None
+    fits = cfg.embed.whiten == "train" and not whitening
+    asked = {"references": cfg.embed.references, "leak check": cfg.embed.leak_check, "whitening": fits}
+    train_rows = find_train_rows(cfg, table, asked)
+    if train_rows and fits:
+        whitening = fit_whitening(model.query.backbone, dataio.open_streams(train_rows, cfg.data, cfg.seed), cfg, device)
     out = folder / embedded_file(cfg)
     files = {"trained": out} | {name: reference_path(out, name) for name in REFERENCES}
-    encoders = {"trained": moco.freeze(model.query.backbone, device, cfg.embed.flip)}
+    encoders = {"trained": moco.freeze(model.query.backbone, device, cfg.embed.flip, whitening)}
     if train_rows and cfg.embed.references:
         encoders |= reference_encoders(cfg, train_rows, device)
     note = {
-        "table": table, "split": side, "step": state["step"], "flip": cfg.embed.flip, "extended": state["meta"].get("extended", []),
+        "table": table, "split": side, "step": state["step"], "flip": cfg.embed.flip, "whitened": whitening is not None, "extended": state["meta"].get("extended", []),
         "data": [index.fingerprint for index in rows.indices.values()], "trained_on": 0 if side else count_trained_on(cfg, table),
     }  # fmt: skip
     made_by = {
         "trained": dataio.digest(*(f"{name} {value.double().sum().item()}" for name, value in state["model"].items())),
         "untrained": f"untrained seed {cfg.seed}",
+        "lbp": f"lbp {moco.EMBEDDING_DIM}",
         "pca": f"pca {moco.PCA_COMPONENTS} of {moco.PCA_SIDE_PX} px",
     }
     hashes: set[int] = set()
@@ -1276,12 +1331,12 @@ def read_vectors(path: Path) -> dataio.VectorTable:
 
 
 def read_reference(path: Path, name: str, data: dataio.VectorTable) -> dataio.VectorTable | None:
-    """The untrained encoder's or PCA's vectors of the same pictures, None where `embed` wrote none."""
+    """A reference's vectors of the same pictures, None where `embed` wrote none."""
     file = reference_path(path, name)
     if not file.exists():
         return None
     reference = read_vectors(file)
-    same_note = all(reference.note.get(key) == data.note.get(key) for key in ("table", "split", "data", "flip"))
+    same_note = all(reference.note.get(key) == data.note.get(key) for key in ("table", "split", "data", "flip", "whitened"))
     if not same_note or not np.array_equal(reference.keys, data.keys) or not np.array_equal(reference.names, data.names):
         raise ValueError(f"{file}: not the pictures of {path}, or embedded otherwise; run command=embed again, or delete it")
     return reference
