@@ -1326,6 +1326,53 @@ class DecodedCache(Passes):
         return [pool.submit(np.take, self.images, part, 0, target, "clip") for part, target in parts]
 
 
+class Partners(Passes):
+    """For image n of a cache the picture whose view is its positive: with probability p one of those linked to it, else itself.
+
+    caches: of all sources, of which this is the one with the given number. partners: int [N, K] rows that a row is linked to, -1
+    for none, those last; rows of all caches, one cache after the other.
+    """
+
+    def __init__(self, caches: Sequence[DecodedCache], number: int, partners: np.ndarray, p: float):
+        self.own, self.caches, self.partners, self.p = caches[number], caches, partners, p
+        self.index, self.seed, self.image_size, self.bad = self.own.index, self.own.seed, self.own.image_size, self.own.bad
+        self.on_device = self.own.on_device
+        self.starts = np.cumsum([0, *map(len, caches)])
+        self.first = self.starts[number]
+        self.order = functools.lru_cache(maxsize=2)(self.order)
+
+    def order(self, number: int) -> np.ndarray:
+        """Rows of all caches [N] for the images of a pass."""
+        rng, rows = np.random.default_rng(draw_seed(self.seed, "partners", number)), self.own.order(number) + self.first
+        count = (self.partners[rows] >= 0).sum(axis=1)
+        chosen = self.partners[rows, (rng.random(len(rows)) * count).astype(int)]
+        return np.where((rng.random(len(rows)) < self.p) & (count > 0), chosen, rows)
+
+    def submit(self, pool: ThreadPoolExecutor, first: int, stop: int, out: Tensor) -> list[Future]:
+        """Start to copy the partners of images first..stop-1 of the sequence into uint8 [stop - first, S, S, 3]."""
+        rows = np.concatenate([rows for _, rows in self.rows(first, stop)])
+        source = np.searchsorted(self.starts, rows, "right") - 1
+
+        def copy(cache: DecodedCache, start: int, places: np.ndarray) -> None:
+            if self.on_device:
+                out[torch.from_numpy(places)] = cache.images[torch.from_numpy(rows[places] - start)]
+            else:
+                out.numpy()[places] = cache.images[rows[places] - start]
+
+        return [
+            pool.submit(copy, cache, self.starts[number], np.flatnonzero(source == number))
+            for number, cache in enumerate(self.caches)
+        ]
+
+
+def pictures_in(caches: Sequence[DecodedCache], device: torch.device, batch: int = 256) -> Iterator[Tensor]:
+    """All pictures of the caches, one cache after the other, as views float [n, 3, S, S] without augmentation."""
+    for cache in caches:
+        for start in range(0, len(cache), batch):
+            part = cache.images[start : start + batch]
+            yield to_float(torch.as_tensor(np.array(part) if isinstance(part, np.ndarray) else part).to(device).permute(0, 3, 1, 2))
+
+
 def copy_to_device(images: np.ndarray, device: torch.device) -> Tensor:
     """uint8 [N, S, S, 3] in the memory of `device`. Raises ValueError where they would leave too little of it for training."""
     if device.type == "cuda" and images.nbytes > 0.6 * torch.cuda.mem_get_info(device)[0]:
@@ -1685,9 +1732,12 @@ def augment(images: Tensor, cfg: AugmentConfig, numbers: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def two_views(images: Tensor, cfg: AugmentConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Two views of each picture, drawn apart: uint8 [B, 3, S, S] -> float [B, 3, S, S] twice."""
-    return augment(images, cfg, draw_numbers(len(images), generator)), augment(images, cfg, draw_numbers(len(images), generator))
+def two_views(
+    images: Tensor, cfg: AugmentConfig, generator: torch.Generator, others: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Two views of each picture, drawn apart, the second one of `others` if given: uint8 [B, 3, S, S] -> float [B, 3, S, S] twice."""
+    pair = images, images if others is None else others
+    return tuple(augment(side, cfg, draw_numbers(len(side), generator)) for side in pair)
 
 
 # ---- Tables of vectors ----

@@ -350,6 +350,82 @@ def load_weights(model: MoCo, weights: dict[str, Tensor]) -> None:
         raise ValueError(f"the weights of this checkpoint do not fit its own settings: {told}") from error
 
 
+# ---- Positives beyond the same picture ----
+
+EXACT_ROWS = 200_000  # of more rows the nearest are found approximately
+LBP_ROWS, WHITEN_ROWS_AT_MOST = 4096, 50_000  # that they are fitted on, at most about
+
+
+@dataclass
+class PositivesConfig:
+    name: str = field(metadata={"one_of": ("self", "mutual")})
+    p: float = field(metadata={"at_least": 0, "at_most": 1})
+    neighbours: int = field(metadata={"at_least": 2, "at_most": 16})
+    keep: float = field(metadata={"above": 0, "at_most": 1})
+    every_epochs: int = field(metadata={"at_least": 1})
+
+
+class Links(NamedTuple):
+    """Pictures that stand in for each other as positives."""
+
+    partners: Tensor  # int64 [N, neighbours] rows that a row is linked to, those that are none, -1, last
+    closure: float  # share of the pairs of partners of one row that are linked themselves; NaN where no row has two
+
+    @property
+    def count(self) -> int:
+        return int((self.partners >= 0).sum()) // 2
+
+    def __str__(self) -> str:
+        linked = int((self.partners[:, 0] >= 0).sum())
+        return f"{self.count:,} links of {linked:,} pictures, {self.closure:.2f} of their triangles closed"
+
+
+def nearest_rows(vectors: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and row numbers [N, count] of the rows nearest to each of the unit rows [N, D], itself left out, by FAISS."""
+    import faiss  # see `search`
+
+    if len(vectors) <= EXACT_ROWS:
+        index = faiss.IndexFlatIP(vectors.shape[1])
+    else:
+        index = faiss.index_factory(vectors.shape[1], f"IVF{4 * math.isqrt(len(vectors))},Flat", faiss.METRIC_INNER_PRODUCT)
+        index.nprobe = 64
+        index.train(vectors[:: max(1, len(vectors) // EXACT_ROWS)])
+    index.add(vectors)
+    score, row = index.search(vectors, count + 1)
+    other = row != np.arange(len(row))[:, None]
+    other[other.all(axis=1), -1] = False  # of equal rows another one may stand where itself should
+    return score[other].reshape(-1, count), row[other].reshape(-1, count)
+
+
+def mutual_links(vectors: Tensor, neighbours: int, keep: float, at_least: "Links | None" = None) -> Links | None:
+    """Link unit rows [N, D] each of which is among the other's nearest: the best-scoring share `keep` of such pairs.
+
+    A right link's neighbours are linked themselves, so the closure tells, without labels, how many are right. With `at_least`, as
+    many pairs are linked, up to three times those, as close no fewer triangles; None where even as many would close fewer.
+    """
+    score, row = nearest_rows(vectors.numpy(), neighbours)
+    mutual = (row[row] == np.arange(len(row))[:, None, None]).any(axis=2)  # [N, neighbours]
+    falling = -np.sort(-score[mutual])  # each pair twice
+    wanted = [max(1, round(keep * len(falling) / 2))] if at_least is None else [round(at_least.count * f) for f in (3, 2, 1.5, 1)]
+    for pairs in wanted:
+        least = falling[min(2 * pairs, len(falling)) - 1] if len(falling) else math.inf
+        links = close_triangles(np.where(mutual & (score >= least), row, -1))
+        if at_least is None or links.closure >= at_least.closure:
+            return links
+    return None
+
+
+def close_triangles(partners: np.ndarray) -> Links:
+    """Partners [N, neighbours], -1 for none, as links with their closure."""
+    partners = -np.sort(-partners, axis=1)
+    closed = []
+    for a, b in itertools.combinations(range(partners.shape[1]), 2):
+        one, other = partners[partners[:, b] >= 0][:, [a, b]].T  # -1 stand last
+        closed.append((partners[one] == other[:, None]).any(axis=1))
+    closed = np.concatenate(closed)
+    return Links(torch.from_numpy(partners), float(closed.mean()) if len(closed) else math.nan)
+
+
 # ---- Training: what a step changes, and the step ----
 
 
@@ -440,11 +516,12 @@ class Training:
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         self.first_bad_step = torch.tensor(-1, device=device)  # of the loss; set on the device, so that no step waits
         self.monitor: dict[str, float] = {"untrained": math.nan, "last": math.nan, "best": math.inf}
+        self.links: dict[str, Links] = {}  # by what they were found: lbp, encoder; the last one is in use
 
     def state_dict(self) -> dict:
         return {
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-            "step": self.step, "monitor": dict(self.monitor),
+            "step": self.step, "monitor": dict(self.monitor), "links": {name: tuple(links) for name, links in self.links.items()},
         }  # fmt: skip
 
     def load_state_dict(self, state: dict) -> None:
@@ -454,6 +531,7 @@ class Training:
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.monitor = state["step"], dict(state["monitor"])
+        self.links = {name: Links(*links) for name, links in state.get("links", {}).items()}
 
     def compile(self) -> None:
         for encoder in (self.model.query, self.model.key):
@@ -515,6 +593,27 @@ class Training:
         model.queue_ptr.zero_()
 
     @torch.no_grad()
+    def renew_links(self, pictures: Callable[[], Iterable[Tensor]], rows: int, cfg: PositivesConfig) -> None:
+        """Link mutual neighbours by LBP and, from the second time on, by the encoder, as soon as it closes as many triangles.
+
+        pictures: gives all train pictures, so many rows, as views [n, 3, S, S] without augmentation, each time in the same order.
+        """
+        if not self.links:
+            encode = fit_lbp(views[:: max(1, rows // LBP_ROWS)] for views in pictures())
+            self.links["lbp"] = mutual_links(torch.cat([encode(views) for views in pictures()]), cfg.neighbours, cfg.keep)
+        else:
+            model = self.model.eval()
+            with self.autocast():
+                vectors = torch.cat([F.normalize(model.query.backbone(views).float()).cpu() for views in pictures()])
+            model.train()
+            vectors = fit_whitening(vectors[:: max(1, rows // WHITEN_ROWS_AT_MOST)])(vectors)
+            self.links.pop("encoder", None)
+            if found := mutual_links(vectors, cfg.neighbours, cfg.keep, at_least=self.links["lbp"]):
+                self.links["encoder"] = found
+        name, links = list(self.links.items())[-1]
+        log.info("positives by %s: %s", name, links)
+
+    @torch.no_grad()
     def measure_monitor(self, parts: list[tuple[Tensor, Tensor]]) -> float:
         """A label-free figure that does not saturate: InfoNCE of fixed images under fixed hard views, each against all others.
 
@@ -570,7 +669,8 @@ def signs_of_failure(entry: dict, untrained: float, cfg: TrainConfig, warmed_up:
 
 Encoder = Callable[[Tensor], Tensor]  # views float [n, 3, S, S] in [-1, 1], on its device -> unit rows float32 [n, D] on the CPU
 PCA_SIDE_PX, PCA_COMPONENTS = 32, 128
-WHITEN_ROWS, SHRINKAGE = 1000, 1.0  # least rows for a whitening as it should be; shrinkage found by tests/bench/recipe.py
+WHITEN_ROWS = 1000  # fewer are shrunk harder
+SHRINKAGE, LBP_SHRINKAGE = 0.3, 1.0  # of encoders and of LBP: the best on validation identities of 0.03 to 3
 
 
 class Whitening(NamedTuple):
@@ -584,12 +684,14 @@ class Whitening(NamedTuple):
         return F.normalize((vectors - self.mean) @ self.basis)
 
 
-def fit_whitening(vectors: Tensor) -> Whitening:
-    """Fit to rows [N, D], without labels. SHRINKAGE times the mean variance is added to that of each direction.
+def fit_whitening(vectors: Tensor, shrinkage: float = SHRINKAGE) -> Whitening:
+    """Fit to rows [N, D], without labels. `shrinkage` times the mean variance is added to that of each direction.
 
     It is what makes little-varying directions count: what a face encoder learns early lies in these.
     """
-    shrinkage = SHRINKAGE * max(1, WHITEN_ROWS / len(vectors))
+    if len(vectors) < WHITEN_ROWS:
+        log.warning("a whitening of %d pictures is rough: its directions are shrunk harder", len(vectors))
+        shrinkage *= WHITEN_ROWS / len(vectors)
     mean = vectors.mean(0)
     with torch.random.fork_rng(devices=[]):  # the directions are found by random projections (arXiv:0909.4061)
         torch.manual_seed(0)
@@ -661,7 +763,7 @@ def fit_pca(batches: Iterable[Tensor]) -> Encoder:
 
 def fit_lbp(batches: Iterable[Tensor]) -> Encoder:
     """Whitened `lbp_histograms`: what a face descriptor of 2006 tells without any training, fitted to views without labels."""
-    whitening = fit_whitening(torch.cat([lbp_histograms(views) for views in batches]))
+    whitening = fit_whitening(torch.cat([lbp_histograms(views) for views in batches]), LBP_SHRINKAGE)
     return lambda views: whitening(lbp_histograms(views))
 
 

@@ -96,6 +96,7 @@ class Config:
     curriculum: dataio.CurriculumConfig
     augment: dataio.AugmentConfig
     backbone: moco.BackboneConfig
+    positives: moco.PositivesConfig
     moco: moco.MocoConfig
     train: moco.TrainConfig
     embed: EmbedConfig
@@ -152,6 +153,8 @@ def check_together(cfg: Config, typed: Iterable[str]) -> None:
     for name, op in cfg.augment.ops.items():
         if op.low > op.high or (op.low <= 0 and name in ("zoom", "aspect")):
             raise ValueError(f"augment.{name}: low={op.low} must be <= high={op.high}, and > 0 for zoom and aspect")
+    if cfg.positives.name != "self" and cfg.data.cache == "none":
+        raise ValueError(f"positives={cfg.positives.name}: the linked pictures are taken from a cache; set data.cache=decoded")
     if len(cfg.backbone.layers) != 4:
         raise ValueError(f"backbone.layers={cfg.backbone.layers}: must be four numbers")
 
@@ -667,11 +670,11 @@ class Timer:
         self.started = self.lap_started = time.perf_counter()
         self.images, self.waited = 0, 0.0
 
-    def next(self, batches: Iterator[Tensor]) -> Tensor:
+    def next(self, batches: Iterator[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
         start = time.perf_counter()
-        images = next(batches)
+        images, others = next(batches)
         self.waited, self.images = self.waited + time.perf_counter() - start, self.images + len(images)
-        return images
+        return images, others
 
     def lap(self) -> dict[str, float]:
         now = time.perf_counter()
@@ -702,8 +705,23 @@ class Run(NamedTuple):
         """uint8 [B, 3, S, S] of steps start..stop-1, on the device."""
         return self.mix.batches(start, stop, self.training.device, self.cfg.data.workers)
 
-    def views(self, images: Tensor, purpose: str, step: int) -> tuple[Tensor, Tensor]:
-        return dataio.two_views(images, self.cfg.augment, draw(self.cfg.seed, purpose, step))
+    def pairs(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Of steps start..stop-1: the pictures, and those whose views are their positives; None for the pictures themselves."""
+        if self.cfg.positives.name == "self":
+            yield from zip(self.batches(start, stop), itertools.repeat(None))
+            return
+        each, cfg, caches = self.schedule.steps_per_epoch, self.cfg.positives, self.mix.sources
+        for first, last in itertools.pairwise([start, *range((start // each + 1) * each, stop, each), stop]):
+            if first % (each * cfg.every_epochs) == 0:
+                rows = sum(map(len, caches))
+                self.training.renew_links(lambda: dataio.pictures_in(caches, self.training.device), rows, cfg)
+            partners = [*self.training.links.values()][-1].partners.numpy()
+            linked = [dataio.Partners(caches, number, partners, cfg.p) for number in range(len(caches))]
+            linked = dataio.mix_from_start(linked, self.schedule)
+            yield from zip(self.batches(first, last), linked.batches(first, last, self.training.device, self.cfg.data.workers))
+
+    def views(self, images: Tensor, purpose: str, step: int, others: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return dataio.two_views(images, self.cfg.augment, draw(self.cfg.seed, purpose, step), others)
 
 
 def build_model(cfg: Config) -> moco.MoCo:
@@ -828,12 +846,12 @@ def run_steps(run: Run, monitor: list[tuple[Tensor, Tensor]], last_step: int) ->
     timer, told_signs, drawn_at, rest = Timer(), set(), time.monotonic(), schedule.total_steps - schedule.begins
     counts = {"total": schedule.total_steps * schedule.batch_size, "initial": training.step * schedule.batch_size}
     with (
-        contextlib.closing(run.batches(training.step, last_step)) as batches, open(run.folder / "train_log.jsonl", "a") as log_file,
+        contextlib.closing(run.pairs(training.step, last_step)) as batches, open(run.folder / "train_log.jsonl", "a") as log_file,
         progress(**counts, desc="training", unit="image", smoothing=0.1) as bar, StopAsked() as stop,
     ):  # fmt: skip
         for step in range(training.step, last_step):
-            images = timer.next(batches)  # uint8 [B, 3, S, S], on the device
-            view_q, view_k = run.views(images, "augment", step)  # float [B, 3, S, S] in [-1, 1]
+            images, others = timer.next(batches)  # uint8 [B, 3, S, S], on the device
+            view_q, view_k = run.views(images, "augment", step, others)  # float [B, 3, S, S] in [-1, 1]
             lr = moco.lr_at(step - schedule.begins, rest, schedule.steps_per_epoch, cfg.train)
             momentum = moco.key_momentum_at((step - schedule.begins) / rest, cfg.moco.key_momentum, cfg.moco.key_momentum_schedule)
             out, grad_norm = training.take_step(view_q, view_k, lr, momentum, draw(cfg.seed, "step", step))
@@ -1006,6 +1024,9 @@ def try_steps(cfg: Config, rows: dataio.Rows, scratch: Path) -> dict:
     """Real steps on the plain stream, a round through the checkpoint, and where there is a GPU its step beside the CPU's."""
     device = moco.pick_device(cfg.device)
     configure_process(device, cfg.deterministic, tf32=True)
+    cfg = dataclasses.replace(
+        cfg, positives=dataclasses.replace(cfg.positives, name="self")
+    )  # there is no cache to look others up in
     streams = dataio.open_streams(rows, cfg.data, cfg.seed)
     schedule = dataio.Schedule(cfg.curriculum, list(map(len, streams)), cfg.train.batch_size, cfg.train.epochs)
     training = moco.Training(build_model(cfg), cfg.train, device)
@@ -1015,12 +1036,12 @@ def try_steps(cfg: Config, rows: dataio.Rows, scratch: Path) -> dict:
     if cfg.train.compile:
         training.compile()
     steps = min(1 + CHECK_STEPS, schedule.total_steps)
-    with contextlib.closing(run.batches(0, steps)) as batches:
+    with contextlib.closing(run.pairs(0, steps)) as batches:
         for step in progress(range(steps), desc="trying steps", unit="step", leave=False):
             if step == 1:  # after compiling
                 int(training.first_bad_step)  # waits for the device
                 timer = Timer()
-            images = timer.next(batches)
+            images, _ = timer.next(batches)
             out, _ = training.take_step(*run.views(images, "augment", step), 1e-4, 0.99, draw(cfg.seed, "step", step))
             if time.perf_counter() - begun > CHECK_SECONDS:
                 break
@@ -1114,8 +1135,8 @@ def fit_whitening(
     backbone: torch.nn.Module, sources: list[dataio.Passes], cfg: Config, device: torch.device
 ) -> moco.Whitening:  # fmt: skip
     """The whitening of the frozen encoder's vectors, in one pass over a sample of the train pictures."""
-    encode, count = moco.freeze(backbone, device, cfg.embed.flip), min(WHITEN_IMAGES, sum(map(len, sources)))
-    images = progress(sample_images(sources, cfg, count), total=-(-count // 256), desc="fitting the whitening", unit="batch")
+    encode, images = moco.freeze(backbone, device, cfg.embed.flip), sample_images(sources, cfg, WHITEN_IMAGES)
+    images = progress(images, desc="fitting the whitening", unit="batch", leave=False)
     return moco.fit_whitening(torch.cat([encode(dataio.to_float(part.to(device))) for part in images]))
 
 
