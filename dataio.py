@@ -1697,8 +1697,8 @@ def erase(x: Tensor, area: Tensor, u: Tensor) -> Tensor:
 
 
 FILTERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # of images [n, 3, S, S], strengths [n], numbers [n, 10]
-    "light": relight, "low_resolution": lower_resolution, "blur": blur, "sharpness": sharpen, "posterise": posterise, "solarise": solarise,
-    "autocontrast": autocontrast, "equalise": equalise, "noise": add_noise, "erase": erase,
+    "light": relight, "low_resolution": lower_resolution, "blur": blur, "sharpness": sharpen, "posterise": posterise,
+    "solarise": solarise, "autocontrast": autocontrast, "equalise": equalise, "noise": add_noise, "erase": erase,
 }  # fmt: skip
 
 

@@ -708,7 +708,7 @@ class Run(NamedTuple):
     def pairs(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Of steps start..stop-1: the pictures, and those whose views are their positives; None for the pictures themselves."""
         if self.cfg.positives.name == "self":
-            yield from zip(self.batches(start, stop), itertools.repeat(None))
+            yield from ((images, None) for images in self.batches(start, stop))
             return
         each, cfg, caches = self.schedule.steps_per_epoch, self.cfg.positives, self.mix.sources
         for first, last in itertools.pairwise([start, *range((start // each + 1) * each, stop, each), stop]):
@@ -718,7 +718,8 @@ class Run(NamedTuple):
             partners = [*self.training.links.values()][-1].partners.numpy()
             linked = [dataio.Partners(caches, number, partners, cfg.p) for number in range(len(caches))]
             linked = dataio.mix_from_start(linked, self.schedule)
-            yield from zip(self.batches(first, last), linked.batches(first, last, self.training.device, self.cfg.data.workers))
+            others = linked.batches(first, last, self.training.device, self.cfg.data.workers)
+            yield from zip(self.batches(first, last), others, strict=True)
 
     def views(self, images: Tensor, purpose: str, step: int, others: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return dataio.two_views(images, self.cfg.augment, draw(self.cfg.seed, purpose, step), others)
@@ -1175,7 +1176,7 @@ def reference_path(embeddings: Path, name: str) -> Path:
 
 
 def find_train_rows(cfg: Config, table: str, needed: dict[str, bool]) -> dataio.Rows | None:
-    """The rows that what is `needed` is fitted on or looked for in; None where they are not here, with a line of what is left out."""
+    """The rows that what is `needed` is fitted on or looked for in; None where they are not here, which is told."""
     if not any(needed.values()):
         return None
     try:
@@ -1229,7 +1230,8 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     if train_rows and cfg.embed.references:
         encoders |= reference_encoders(cfg, train_rows, device)
     note = {
-        "table": table, "split": side, "step": state["step"], "flip": cfg.embed.flip, "whitened": whitening is not None, "extended": state["meta"].get("extended", []),
+        "table": table, "split": side, "step": state["step"], "flip": cfg.embed.flip, "whitened": whitening is not None,
+        "extended": state["meta"].get("extended", []),
         "data": [index.fingerprint for index in rows.indices.values()], "trained_on": 0 if side else count_trained_on(cfg, table),
     }  # fmt: skip
     made_by = {
