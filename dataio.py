@@ -1735,7 +1735,7 @@ def augment(images: Tensor, cfg: AugmentConfig, numbers: Tensor) -> Tensor:
 def two_views(
     images: Tensor, cfg: AugmentConfig, generator: torch.Generator, others: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Two views of each picture, drawn apart, the second one of `others` if given: uint8 [B, 3, S, S] -> float [B, 3, S, S] twice."""
+    """Two views of each picture, drawn apart, the second of `others` if given: uint8 [B, 3, S, S] -> float [B, 3, S, S] each."""
     pair = images, images if others is None else others
     return tuple(augment(side, cfg, draw_numbers(len(side), generator)) for side in pair)
 
