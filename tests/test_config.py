@@ -44,6 +44,7 @@ def test_a_path_may_begin_with_the_home_folder(monkeypatch):
         "embed.out", "eval.pairs", "eval.embeddings", "report.runs",
     ]  # fmt: skip
     found = flat(dataclasses.asdict(settings(*(f"{key}='~/a b/{key}*'" for key in keys))))
+    (found["eval.pairs"],) = found["eval.pairs"]
     assert [found[key] for key in keys] == [f"/home/me/a b/{key}*" for key in keys]
 
 
