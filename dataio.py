@@ -1148,7 +1148,7 @@ def list_pictures(paths: Sequence[Path]) -> tuple[pa.Table, dict[str, list[str]]
     for source, path in enumerate(paths):
         rows = []
         for name, size, place in list_entries(path):
-            parts = [part for part in re.split(r"[/\\]", name.encode(errors="backslashreplace").decode()) if part != "."]
+            parts = [part.encode(errors="backslashreplace").decode() for part in re.split(r"[/\\]", name) if part != "."]
             if why := why_not_packed(parts, size):
                 left_out.setdefault(why, []).append(ascii(f"{path}: {name}")[1:-1])
                 continue
@@ -1268,7 +1268,7 @@ def pack(sources: str | Sequence[str], out: Path, cfg: DataConfig, one_file: boo
     files = [out.with_name(f"{out.name}{'' if one_file else f'_{n:03d}'}.parquet") for n in range(shard[-1] + 1)]
     note = {"pack": digest(cfg.max_image_pixels, *(zlib.crc32(repr(b.to_pydict()).encode()) for b in table.to_batches(10_000)))}
     with locked(out.with_name(f".{out.name}.lock"), wait=True), progress(total=len(table), desc="packing", unit="image") as bar:
-        keep_others(files if one_file else out.parent.glob(f"{glob.escape(out.name)}_[0-9][0-9][0-9]*.parquet"), note)
+        keep_others(files if one_file else sorted(out.parent.glob(f"{glob.escape(out.name)}_[0-9][0-9][0-9]*.parquet")), note)
         missing = [number for number, path in enumerate(files) if not path.exists()]
         need_space(out.parent, int(sizes[np.isin(shard, missing)].sum()) * 101 // 100, f"packing {len(table)} pictures")
         bar.update(int((~np.isin(shard, missing)).sum()))
@@ -1346,7 +1346,7 @@ def read_pair_list(path: Path) -> list[tuple[int, tuple[str, str], tuple[str, st
         if len(lines) != folds * 2 * each:
             raise ValueError(f"{len(lines)} pairs, {folds} folds of twice {each} are announced")
     except (ValueError, ZeroDivisionError) as error:
-        where = f"line {len(found) + 2}" if len(found) < len(lines) else "the first line"
+        where = f"line {len(found) + 2}" if 0 < len(found) < len(lines) else "the first lines"
         raise ValueError(f"{path}: no list of pairs as LFW's, look at {where} ({first_line(error)})") from error
     return found
 
