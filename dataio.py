@@ -1154,7 +1154,8 @@ def list_pictures(paths: Sequence[Path]) -> tuple[pa.Table, dict[str, list[str]]
                 continue
             by_value = (re.sub(r"\d+", lambda number: number[0].zfill(20), part) for part in parts[-2:])
             rows.append((source, os.fsencode(name), size, place, *parts[-2:], *by_value))
-        tables += [pa.table(list(map(pa.array, zip(*rows, strict=True))), names)] * bool(rows)
+        if rows:
+            tables.append(pa.table(list(map(pa.array, zip(*rows, strict=True))), names))
     if not tables:
         found = "; ".join(f"{why}: {entries[:3]}" for why, entries in left_out.items()) or "nothing"
         raise ValueError(f"{paths[0]}: no pictures laid out as <identity>/<file>, but {found}")

@@ -187,8 +187,8 @@ def packed_with(tmp_path, caplog, source) -> tuple[list, str]:
     rows = packed(dataio.pack(str(source), tmp_path / "out", DATA))
     new = {path.name for path in {*tmp_path.rglob("*")} - {*before}}
     assert new == {"out_000.parquet", ".out.lock"}
-    assert rows[0] == ("a", "1.png", numbered_picture(1))
-    return rows[1:], caplog.text
+    rows.remove(("a", "1.png", numbered_picture(1)))
+    return rows, caplog.text
 
 
 GOOD = {"a/1.png": numbered_picture(1)}
