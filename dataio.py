@@ -18,13 +18,16 @@ import json
 import logging
 import math
 import os
+import pickle
 import re
 import shutil
 import socket
 import sys
+import tarfile
 import tempfile
 import threading
 import urllib.parse
+import zipfile
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -55,6 +58,7 @@ MARKED_FILES = 16  # of a source, whose first pictures a run notes: one page of 
 CACHE_CHUNK = 4096  # images of a decoded cache that share a checksum
 SPLIT_TABLE = "identity_splits.parquet"
 METADATA_KEY = b"sniperface"  # our entry in the schema metadata of the files we write
+PICTURE = re.compile(r"\.(png|jpe?g|webp|bmp|tiff?|gif|avif|jp2)$", re.IGNORECASE)  # names of files that should be pictures
 
 # ---- Files ----
 
@@ -159,18 +163,29 @@ def parquet_below(folder: str) -> list[str]:
     return [path for n in names if not n.startswith(ours) and not os.path.isdir(path := os.path.join(folder, n))]
 
 
-def find_files(globs: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Files that match any of `globs`, or lie below a folder that does, sorted by name. Raises FileNotFoundError for none."""
-    found: list[Path] = []
+def find_matches(globs: str | Path | Sequence[str | Path]) -> list[str]:
+    """Files and folders that match any of `globs`. Raises FileNotFoundError for a pattern that none does."""
+    found: list[str] = []
     for pattern in map(str, [globs] if isinstance(globs, str | Path) else globs):
         matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)  # a name may hold [ ]
         if not matches:
             raise FileNotFoundError(f"no file matches {pattern!r} (looked from {Path.cwd()})")
-        for match in matches:
-            files = parquet_below(match) if os.path.isdir(match) else [match]
-            if not files:
-                raise FileNotFoundError(f"{match}: a folder without a .parquet file; give one that holds some")
-            found += map(Path, files)
+        found += matches
+    return found
+
+
+def find_files(globs: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Files that match any of `globs`, or lie below a folder that does, sorted by name. Raises FileNotFoundError for none."""
+    found: list[Path] = []
+    for match in find_matches(globs):
+        files = parquet_below(match) if os.path.isdir(match) else [match]
+        if not files:
+            cure = "give one that holds some"
+            if any(PICTURE.search(name) for name in glob.iglob("*/*.*", root_dir=match)):
+                out = f"data/{Path(os.path.abspath(match)).name}"
+                cure = f"make some of its pictures by command=pack pack.source={match} pack.out={out}, then give {out}_*.parquet"
+            raise FileNotFoundError(f"{match}: a folder without a .parquet file; {cure}")
+        found += map(Path, files)
     return sorted({os.path.abspath(path): path for path in found}.values(), key=lambda path: (path.name, str(path)))
 
 
@@ -750,13 +765,20 @@ def find_given_rows(pattern: str, columns: Columns) -> Rows:
 # ---- Materialised shards: the split as files ----
 
 
-def write_shard(path: Path, table: pa.Table, note: dict) -> None:
-    """Write a table of SHARD_SCHEMA as row groups of ROW_GROUP_ROWS, images uncompressed: they are compressed already."""
+@contextmanager
+def shard_writer(path: Path, note: dict) -> Iterator[pq.ParquetWriter]:
+    """A file of SHARD_SCHEMA, images uncompressed: they are compressed already."""
     packing = {
         "compression": {"identity_id": "zstd", "image_filename": "zstd", "image_bytes": "none"},
         "use_dictionary": ["identity_id"], "write_statistics": ["identity_id"], "write_page_checksum": True,
     }  # fmt: skip
     with write_whole(path) as temporary, pq.ParquetWriter(temporary, with_metadata(SHARD_SCHEMA, note), **packing) as writer:
+        yield writer
+
+
+def write_shard(path: Path, table: pa.Table, note: dict) -> None:
+    """Write a table of SHARD_SCHEMA as row groups of ROW_GROUP_ROWS."""
+    with shard_writer(path, note) as writer:
         writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
 
 
@@ -1029,6 +1051,343 @@ def find_pictures(rows: Rows, wanted: set[tuple[str, str, str]], cfg: DataConfig
                 if key in wanted:
                     found[key] = decode_image(data.as_buffer(), cfg.image_size, cfg.max_image_pixels)
     return found
+
+
+# ---- Packing: pictures in folders and archives, and benchmarks of pairs, as parquet ----
+
+SHARD_WINDOWS = 16  # windows of a shard, about 1 GB
+WINDOW_BYTES = 64 << 20  # held at a time; a compressed tar is read anew from its beginning for what lies further back
+GROUP_BYTES = 16 << 20  # of a row group
+MAX_FILE_BYTES = 64 << 20  # of a picture: as many pixels as one may have, uncompressed
+ARCHIVE = re.compile(r"\.(zip|tar|tgz|tbz2?|txz|7z|rar|gz|bz2|xz)$", re.IGNORECASE)
+KNOWN_SOURCES = {  # known by the names of archives or of what is packed: identities, images
+    "DigiFace-1M": (r"digiface|subjects_\d+-\d+_\d+_imgs", 109_999, 1_219_995), "Digi2Real": (r"digi2real", 20_000, 399_355),
+}  # fmt: skip
+
+
+@dataclass
+class PackConfig:
+    source: list[str]
+    benchmark: str | None
+    pairs: str | None
+    out: str | None
+
+
+@contextmanager
+def naming_archive(path: Path) -> Iterator[None]:
+    """Turn what reading a damaged folder or archive raises, of a dozen types, into a ValueError that names it."""
+    try:
+        yield
+    except MemoryError:  # not the archive's fault
+        raise
+    except Exception as error:
+        raise ValueError(f"{path}: cannot be read as a folder, zip or tar ({first_line(error)}); fetch it again") from error
+
+
+@functools.lru_cache(maxsize=2)  # the directory of 144,000 entries takes a second to read
+def open_archive(path: Path) -> zipfile.ZipFile | tarfile.TarFile:
+    with suppress(tarfile.ReadError):  # first, since a tar that ends with a zip passes for a zip
+        return tarfile.open(path)
+    return zipfile.ZipFile(path)
+
+
+def list_entries(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Name, size in bytes (-1 for links and devices) and place of each file in a folder, zip or tar. Raises ValueError."""
+    with naming_archive(path):
+        if path.is_dir():
+            for file in (Path(folder, name) for folder, _, names in os.walk(path) for name in names):
+                yield str(file.relative_to(path)), file.stat().st_size if file.is_file() else -1, 0
+        elif isinstance(archive := open_archive(path), zipfile.ZipFile):
+            yield from ((info.filename, info.file_size, n) for n, info in enumerate(archive.infolist()) if not info.is_dir())
+        else:
+            for member in archive:
+                archive.members = []  # else it keeps them all
+                if not member.isdir():
+                    yield member.name, member.size if member.isreg() and not member.issparse() else -1, member.offset_data
+
+
+def read_entry(path: Path, name: str, size: int, place: int) -> bytes:
+    """The bytes of an entry of `list_entries`, no more than it claims. Raises ValueError for one that is damaged."""
+    with naming_archive(path / name):
+        if path.is_dir():
+            with open(path / name, "rb") as file:
+                return file.read(size)
+        archive = open_archive(path)
+        if isinstance(archive, tarfile.TarFile):
+            archive.fileobj.seek(place)
+            return archive.fileobj.read(size)
+        info = archive.infolist()[place]
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others are unpacked without a bound
+            raise ValueError("compressed by a method that is not read")
+        with archive.open(info) as file:
+            return file.read(size)
+
+
+def why_not_packed(parts: list[str], size: int) -> str:
+    """Why an entry, by its path and the size that it claims, is no picture `<identity>/<file>`; empty if it is one."""
+    reasons = {
+        "a path that leads elsewhere": ".." in parts or not all(parts) or parts[0].endswith(":"),
+        "a link or a device": size < 0,
+        "hidden": parts[-1].startswith(".") or "__MACOSX" in parts,
+        "an archive within: unpack it, and name it in pack.source": ARCHIVE.search(parts[-1]),
+        "no picture by its name": not PICTURE.search(parts[-1]),
+        f"larger than {MAX_FILE_BYTES >> 20} MB": size > MAX_FILE_BYTES,
+        "in no identity's folder": len(parts) < 2,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), "")
+
+
+def list_pictures(paths: Sequence[Path]) -> tuple[pa.Table, dict[str, list[str]]]:
+    """The pictures `<identity>/<file>` in folders and archives, at any depth, sorted, numbers in names by their value.
+
+    A row each: `source` (number of the path), `name` (bytes), `size`, `place`, `identity`, `file`. Gives also the names of all
+    other entries, by reason. Raises ValueError where there is no picture.
+    """
+    names = ["source", "name", "size", "place", "identity", "file", "person", "picture"]
+    tables, left_out = [], {}
+    for source, path in enumerate(paths):
+        rows = []
+        for name, size, place in list_entries(path):
+            parts = [part.encode(errors="backslashreplace").decode() for part in re.split(r"[/\\]", name) if part != "."]
+            if why := why_not_packed(parts, size):
+                left_out.setdefault(why, []).append(ascii(f"{path}: {name}")[1:-1])
+                continue
+            by_value = (re.sub(r"\d+", lambda number: number[0].zfill(20), part) for part in parts[-2:])
+            rows.append((source, os.fsencode(name), size, place, *parts[-2:], *by_value))
+        if rows:
+            tables.append(pa.table(list(map(pa.array, zip(*rows, strict=True))), names))
+    if not tables:
+        found = "; ".join(f"{why}: {entries[:3]}" for why, entries in left_out.items()) or "nothing"
+        raise ValueError(f"{paths[0]}: no pictures laid out as <identity>/<file>, but {found}")
+    order = ("person", "identity", "picture", "file", "source", "place", "name")
+    return pa.concat_tables(tables).sort_by([(name, "ascending") for name in order]).select(names[:6]), left_out
+
+
+def examine(data: bytes | ValueError, cfg: DataConfig) -> tuple[str, str] | ValueError:
+    """Size and mode of an encoded picture, or why training would find it broken."""
+    try:
+        if isinstance(data, ValueError):
+            return data
+        decode_image(data, cfg.image_size, cfg.max_image_pixels)
+        with Image.open(io.BytesIO(without_notes(data)), formats=FORMATS) as image:
+            return f"{image.width} x {image.height}", image.mode
+    except ValueError as error:
+        return error
+
+
+def shard_table(rows: Sequence[tuple[str, str, bytes]]) -> pa.Table:
+    return pa.table({name: [row[n] for row in rows] for n, name in enumerate(SHARD_SCHEMA.names)}, SHARD_SCHEMA)
+
+
+def new_counts() -> dict[str, Counter]:
+    return {what: Counter() for what in ("sizes", "modes", "broken", "doubled")}
+
+
+def read_pictures(
+    paths: Sequence[Path], windows: Iterable[pa.Table], counts: dict[str, Counter], cfg: DataConfig, bar: tqdm
+) -> Iterator[pa.Table]:
+    """Windows of `list_pictures` as tables of SHARD_SCHEMA, without broken and doubled ones; `counts` what is in them.
+
+    Of pictures that share their identity and name, equal bytes are doubled, others get a name of their own.
+    """
+
+    def read(source: int, name: bytes, size: int, place: int) -> bytes | ValueError:
+        try:
+            return read_entry(paths[source], os.fsdecode(name), size, place)
+        except ValueError as error:
+            return error
+
+    def finish(rows: list[tuple], pictures: list, found: Iterable) -> pa.Table:
+        kept, held = [], {}
+        for (source, name, _, _, identity, file), data, told in zip(rows, pictures, found, strict=True):
+            place, others = ascii(f"{paths[source]}: {os.fsdecode(name)}")[1:-1], held.setdefault((identity, file), [])
+            if isinstance(told, ValueError):
+                counts["broken"][f"{place}: {first_line(told)}"] += 1
+            elif data in others:
+                counts["doubled"][place] += 1
+            else:
+                stem, suffix = os.path.splitext(file)
+                kept.append((identity, f"{stem}~{len(others) + 1}{suffix}" if others else file, data))
+                others.append(data)
+                counts["sizes"][told[0]] += 1
+                counts["modes"][told[1]] += 1
+        bar.update(len(rows))
+        return shard_table(kept)
+
+    ahead: deque[tuple] = deque()  # examined by the pool while the next window is read
+    with ThreadPoolExecutor(cfg.workers or os.cpu_count()) as pool:
+        for window in windows:
+            rows = list(zip(*(column.to_pylist() for column in window.columns), strict=True))
+            pictures: list = [None] * len(rows)
+            for i in sorted(range(len(rows)), key=lambda i: (rows[i][0], rows[i][3])):  # as they lie in the archives
+                pictures[i] = read(*rows[i][:4])
+            ahead.append((rows, pictures, pool.map(functools.partial(examine, cfg=cfg), pictures)))
+            if len(ahead) > 2:
+                yield finish(*ahead.popleft())
+        yield from itertools.starmap(finish, ahead)
+
+
+def describe_packed(files: Sequence[Path], left_out: dict[str, list[str]]) -> tuple[list[int], str]:
+    """Numbers of identities and of images in packed files, and lines that tell more of them."""
+    counts, images = new_counts(), Counter()
+    for path in files:
+        metadata, identities, _ = scan_identities(path, stamp(path), COLUMNS)
+        images.update(identities.dictionary_decode().to_pylist())
+        for what, found in json.loads(metadata.metadata[b"sniperface.packed"]).items():
+            counts[what].update(found)
+    each, size = sorted(images.values()) or [0], sum(path.stat().st_size for path in files) / 1e9
+    lines = [f"{len(images)} identities of {each[0]} to {each[-1]} images, {sum(each)} images, {size:.2f} GB in {len(files)} files"]
+    for what in ("sizes", "modes"):
+        common = [f"{kind} ({n})" for kind, n in counts[what].most_common(5)]
+        lines.append(f"{what}: " + ", ".join(common + [f"{len(counts[what]) - 5} others"] * (len(counts[what]) > 5)))
+    for why, names in {"broken": list(counts["broken"]), "doubled": list(counts["doubled"]), **left_out}.items():
+        lines += [f"left out, {why} ({len(names)}): " + ", ".join(names[:5] + ["..."] * (len(names) > 5))] * bool(names)
+    return [len(images), sum(each)], "\n".join(lines)
+
+
+def keep_others(files: Iterable[Path], note: dict) -> None:
+    """Raise ValueError for files that are there and do not bear `note`: they would be written over, or mixed with others."""
+    for path in files:
+        if path.exists() and read_metadata(path) != note:
+            raise ValueError(f"{path}: is there, and not packed from these pictures; delete it or choose another pack.out")
+
+
+def pack(sources: str | Sequence[str], out: Path, cfg: DataConfig, one_file: bool = False) -> list[Path]:
+    """Pack the pictures `<identity>/<file>` of folders, zips and tars, byte for byte, as `out`_000.parquet, ...; give the paths.
+
+    Nothing is unpacked to the disk. Sorted by identity and name; a stopped run goes on with the shards that it had finished.
+    Memory: three windows of WINDOW_BYTES, and some 200 bytes an entry. one_file: all as `out`.parquet. Raises ValueError where
+    there is no picture, and for files of other pictures in the way.
+    """
+    paths = sorted({*map(Path, find_matches(sources))}, key=lambda path: (path.name, str(path)))
+    table, left_out = list_pictures(paths)
+    again = [pc.equal(table[name].slice(1), table[name].slice(0, len(table) - 1)).to_numpy() for name in ("identity", "file")]
+    again = np.append(False, again[0] & again[1])  # whether a row has the name of the one before: a window holds both
+    sizes, first = table["size"].to_numpy(), np.maximum.accumulate(np.where(again, 0, np.arange(len(table))))
+    window = (np.cumsum(sizes) - sizes)[first] // WINDOW_BYTES
+    shard = np.unique(window // SHARD_WINDOWS, return_inverse=True)[1] * (not one_file)
+    files = [out.with_name(f"{out.name}{'' if one_file else f'_{n:03d}'}.parquet") for n in range(shard[-1] + 1)]
+    note = {"pack": digest(cfg.max_image_pixels, *(zlib.crc32(repr(b.to_pydict()).encode()) for b in table.to_batches(10_000)))}
+    with locked(out.with_name(f".{out.name}.lock"), wait=True), progress(total=len(table), desc="packing", unit="image") as bar:
+        keep_others(files if one_file else sorted(out.parent.glob(f"{glob.escape(out.name)}_[0-9][0-9][0-9]*.parquet")), note)
+        missing = [number for number, path in enumerate(files) if not path.exists()]
+        need_space(out.parent, int(sizes[np.isin(shard, missing)].sum()) * 101 // 100, f"packing {len(table)} pictures")
+        bar.update(int((~np.isin(shard, missing)).sum()))
+        for number in missing:
+            start, stop = np.searchsorted(shard, (number, number + 1)).tolist()
+            ends = [*(start + np.flatnonzero(np.diff(window[start:stop], prepend=-1))).tolist(), stop]
+            windows, counts = (table.slice(a, b - a) for a, b in itertools.pairwise(ends)), new_counts()
+            with shard_writer(files[number], note) as writer:
+                for part in filter(len, read_pictures(paths, windows, counts, cfg, bar)):
+                    writer.write_table(part, row_group_size=1 + len(part) * GROUP_BYTES // max(GROUP_BYTES, part.nbytes))
+                writer.add_key_value_metadata({"sniperface.packed": json.dumps(counts)})
+    open_archive.cache_clear()
+    found, told = describe_packed(files, left_out)
+    log.info("%s: %s", files[0] if one_file else f"{out}_*.parquet", told)
+    for name, (pattern, *wanted) in KNOWN_SOURCES.items():
+        if found != wanted and any(re.search(pattern, path.name, re.IGNORECASE) for path in (out, *paths)):
+            told = "%s has %d identities and %d images, here are %d and %d: %+d and %+d"
+            log.warning(told, name, *wanted, *found, found[0] - wanted[0], found[1] - wanted[1])
+    return files
+
+
+class Inert:
+    """Stands in a pickle for whatever it makes of numpy: keeps the parts and does nothing."""
+
+    def __init__(self, *parts: object):
+        self.parts = parts
+
+    def __setstate__(self, state: tuple) -> None:
+        self.parts = state
+
+
+class BinUnpickler(pickle._Unpickler):  # the one in Python: in C's a number in the file can ask for 64 GB
+    """Reads bytes, numbers and lists. No name in the file is ever looked up, so nothing in it can run.
+
+    Of the common files only LFW's is of plain bytes; the others hold arrays. The names by which these, and the bytes of old
+    protocols, are pickled stand for `Inert` and for a change of text to bytes; any other name is refused.
+    """
+
+    def find_class(self, module: str, name: str) -> Callable:
+        if (module, name) == ("_codecs", "encode"):
+            return lambda text, encoding: text.encode("latin-1")
+        if module.split(".")[0] == "numpy" and name in ("ndarray", "dtype", "_reconstruct", "_frombuffer", "scalar"):
+            return Inert
+        raise ValueError(f"asks for {module}.{name}, which a file of pictures does not need")
+
+
+def read_bin(path: Path) -> tuple[list[bytes], list[bool]]:
+    """The encoded pictures, two a pair, of an insightface `.bin`, and for each pair whether it is of one person."""
+
+    def as_bytes(value: object) -> bytes:  # an array's own bytes stand among its parts
+        parts = value.parts if isinstance(value, Inert) else (value,)
+        return bytes(next(part for part in parts if isinstance(part, bytes | bytearray)))
+
+    try:
+        pictures, same = BinUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        pictures = [as_bytes(picture) for picture in pictures]
+        same = [bool(as_bytes(one)[0]) if isinstance(one, Inert) else {0: False, 1: True}[one] for one in same]
+        if not same or len(pictures) != 2 * len(same):
+            raise ValueError(f"{len(pictures)} pictures for {len(same)} pairs")
+    except Exception as error:  # of a damaged pickle: any
+        raise ValueError(f"{path}: no (pictures, issame) as insightface pickles them ({first_line(error)})") from error
+    return pictures, same
+
+
+def read_pair_list(path: Path) -> list[tuple[int, tuple[str, str], tuple[str, str]]]:
+    """LFW's list of pairs: the fold, and of both sides the person and the picture's name without suffix. Raises ValueError."""
+    with naming(path):
+        (head, *lines) = [line.split() for line in path.read_text().splitlines() if line.strip()] or [[]]
+    found = []
+    try:
+        folds, each = map(int, head if len(head) == 2 else ["1", *head])
+        for number, words in enumerate(lines):
+            (a, i), (b, j) = (words[:2], words[-2:]) if len(words) == 4 else (words[:2], words[::2])
+            found.append((number // (2 * each), (a, f"{a}_{int(i):04d}"), (b, f"{b}_{int(j):04d}")))
+        if len(lines) != folds * 2 * each:
+            raise ValueError(f"{len(lines)} pairs, {folds} folds of twice {each} are announced")
+    except (ValueError, ZeroDivisionError) as error:
+        where = f"line {len(found) + 2}" if 0 < len(found) < len(lines) else "the first lines"
+        raise ValueError(f"{path}: no list of pairs as LFW's, look at {where} ({first_line(error)})") from error
+    return found
+
+
+def pack_benchmark(source: str, pair_list: str | None, out: Path, cfg: DataConfig) -> list[Path]:
+    """Pack a benchmark of pairs: `out`.parquet with the pictures and `out`_pairs.parquet, which eval.pairs takes.
+
+    source: an insightface `.bin`, whose people nobody knows, so that each picture has an identity of its own, and whose pairs
+    fall into ten folds in their order; or a folder or archive `<identity>/<file>` with the list `pair_list`, as LFW's.
+    """
+    images, pairs = (out.with_name(f"{out.name}{end}.parquet") for end in ("", "_pairs"))
+    if pair_list is None:
+        pictures, same = read_bin(Path(source))
+        names: dict[bytes, str] = {}
+        for data in pictures:  # most stand in two pairs
+            names.setdefault(data, f"{out.name}/{len(names):06d}")
+        broken = ((n, told) for n, told in enumerate(examine(data, cfg) for data in pictures) if isinstance(told, ValueError))
+        for n, told in broken:
+            raise ValueError(f"{source}: picture {n} is broken ({told})")
+        note = {"pack": digest(out.name, *map(zlib.crc32, pictures), same)}
+        keep_others([images], note)
+        write_shard(images, shard_table([(name, name, data) for data, name in names.items()]), note)
+        folds = np.repeat(np.arange(10), [len(part) for part in np.array_split(same, 10)])
+        table = {"fold": folds, "same": same} | {
+            f"image_filename_{s}": [names[d] for d in pictures[n::2]] for n, s in enumerate("ab")
+        }
+    else:
+        listed = read_pair_list(Path(pair_list))
+        pack(source, out, cfg, one_file=True)
+        packed = pq.read_table(images, columns=SHARD_SCHEMA.names[:2]).to_pydict().values()
+        files = {(person, os.path.splitext(file)[0]): file for person, file in zip(*packed, strict=True)}
+        if lacking := {side for _, *sides in listed for side in sides if side not in files}:
+            raise ValueError(f"{pair_list}: {len(lacking)} of its pictures, such as {'/'.join(min(lacking))}, are not in {source}")
+        table = {"fold": [fold for fold, _, _ in listed], "same": [a[0] == b[0] for _, a, b in listed]}
+        for n, side in enumerate("ab", 1):
+            table |= {f"identity_id_{side}": [pair[n][0] for pair in listed]}
+            table |= {f"image_filename_{side}": [files[pair[n]] for pair in listed]}
+    with write_whole(pairs) as temporary:
+        pq.write_table(pa.table(table), temporary)
+    return [images, pairs]
 
 
 # ---- Streams: an endless sequence of images, addressed by number ----

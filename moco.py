@@ -1226,7 +1226,7 @@ class EvalConfig:
     open_set_share: float = field(metadata={"at_least": 0, "below": 1})
     fpirs: list[float] = field(metadata={"above": 0, "at_most": 1})
     fars: list[float] = field(metadata={"above": 0, "at_most": 1})
-    pairs: str | None
+    pairs: list[str]
     seed: int = field(metadata={"at_least": 0})
     top_k: list[int] = field(metadata={"at_least": 1, "at_most": 1000})
     bootstrap: int = field(metadata={"at_least": 100})

@@ -1,6 +1,6 @@
 """SniperFace: train a face encoder without labels, export its vectors, measure it on identities it has never seen.
 
-    uv run python sniperface.py [command=split|check|train|embed|eval|all|report] [overrides]
+    uv run python sniperface.py [command=pack|split|check|train|embed|eval|all|report] [overrides]
 
 Each command below reads from top to bottom; what it decodes, builds or computes is in dataio.py and moco.py. Settings and what each
 one means: conf/config.yaml. Everything a run makes is in runs/<run>/.
@@ -85,12 +85,13 @@ class ReportConfig:
 
 @dataclass
 class Config:
-    command: str = field(metadata={"one_of": ("split", "check", "train", "embed", "eval", "all", "report")})
+    command: str = field(metadata={"one_of": ("pack", "split", "check", "train", "embed", "eval", "all", "report")})
     run: str
     run_dir: str
     seed: int = field(metadata={"at_least": 0})
     device: str
     deterministic: bool
+    pack: dataio.PackConfig
     data: dataio.DataConfig
     split: dataio.SplitConfig
     curriculum: dataio.CurriculumConfig
@@ -163,6 +164,8 @@ def expand_home(value: object) -> object:
     """Settings, nested or not, with `~/` for the home folder where one begins with it: only paths do."""
     if isinstance(value, dict):
         return {key: expand_home(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [expand_home(inner) for inner in value]
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 
@@ -170,6 +173,8 @@ def load_config(raw: DictConfig, typed: Iterable[str] = ()) -> Config:
     """The composed settings, some keys `typed` by the user, as a `Config`; ValueError, in one line, for an unknown or a bad one."""
     try:
         plain = expand_home(OmegaConf.to_container(raw, resolve=True))
+        for section, key in (("pack", "source"), ("eval", "pairs")):  # one path, or several
+            plain[section][key] = [value] if isinstance(value := plain[section][key], str) else value
         cfg: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     except Exception as error:  # omegaconf's errors say the key in a line of their own
         lines = [line.strip() for line in str(error).splitlines()]
@@ -210,7 +215,7 @@ def flat(settings: dict, prefix: str = "") -> dict[str, object]:
 
 
 NOT_THE_RESULT = (                                           # settings that may differ when a run goes on
-    "command", "run", "run_dir", "device", "deterministic", "data.digiface_glob", "data.digi2real_glob",
+    "command", "run", "run_dir", "device", "deterministic", "pack", "data.digiface_glob", "data.digi2real_glob",
     "data.workers", "data.cache", "data.cache_dir", "data.batch_read_rows", "data.max_bad_fraction", "split.out_dir",
     "split.materialize", "train.compile", "train.max_steps", "train.min_spread", "train.min_gap", "train.when_stuck",
     "train.log_every", "train.save_every_epochs", "train.save_every_steps", "train.keep_last", "train.resume", "train.extend",
@@ -226,7 +231,7 @@ def differences(saved: dict, asked: dict) -> dict[str, tuple]:
 
 
 OF_EACH = ("command", "run", "run_dir")  # another one for each run and command
-ALWAYS_AS_ASKED = (*OF_EACH, "device", "embed", "eval", "report")
+ALWAYS_AS_ASKED = (*OF_EACH, "device", "pack", "embed", "eval", "report")
 AS_TYPED = ("data", "split")  # where the data is now may be typed anew; else it is where the run was trained
 
 
@@ -627,6 +632,31 @@ def draw_results(
     draw_neighbours(files["neighbours"], data, ours, cfg)
 
 
+# ---- pack ----
+
+
+def short_name(path: str) -> str:
+    """The last part of a path or pattern that has a name, without wildcards and suffix: faces/lfw/*.parquet -> lfw"""
+    parts = reversed(Path(os.path.abspath(path)).parts)
+    names = (re.sub(r"(\[.*?\]|[^\w-]|_)+", "_", Path(part).stem).strip("_-") for part in parts)
+    return next(filter(None, names), "files")
+
+
+def pack(cfg: Config, *_: object) -> None:
+    """Pack pictures in folders and archives, or a benchmark of pairs, as parquet."""
+    benchmark, given = cfg.pack.benchmark, [*filter(None, [cfg.pack.benchmark, *cfg.pack.source])]
+    if bool(benchmark) == bool(cfg.pack.source):
+        raise ValueError(f"command=pack takes pack.source=faces.zip or pack.benchmark=lfw.bin, one of them; given: {given}")
+    out = Path(cfg.pack.out or f"data/{short_name(given[0].replace('.tar.', '.'))}")
+    if not benchmark:
+        dataio.pack(cfg.pack.source, out, cfg.data)
+        return
+    if (cfg.pack.pairs is None) != (Path(benchmark).suffix == ".bin"):
+        raise ValueError(f"pack.benchmark={benchmark}: folders and archives need their list, pack.pairs=pairs.txt; a .bin holds it")
+    images, pairs = dataio.pack_benchmark(benchmark, cfg.pack.pairs, out, cfg.data)
+    log.info("%s, %s; measure by command=embed embed.test_glob=%s, then command=eval eval.pairs=%s", images, pairs, images, pairs)
+
+
 # ---- split ----
 
 
@@ -913,6 +943,11 @@ def whiten_checkpoints(cfg: Config, folder: Path, sources: list[dataio.Passes], 
     rotate_checkpoints(folder, cfg.train)
 
 
+def pictures_of(pairs: Path) -> Path | None:
+    """NAME_pairs.parquet -> NAME.parquet, as pack writes them; None for pairs of the pictures that are measured anyway."""
+    return pairs.with_name(pairs.name.replace("_pairs.parquet", ".parquet")) if pairs.name.endswith("_pairs.parquet") else None
+
+
 def look_ahead(cfg: Config) -> dict:
     """Who eval would enrol and look up. Raises ValueError or OSError for what embed and eval would refuse of those pictures."""
     names, files, keys = dataio.read_names(embedded_rows(cfg, None if cfg.embed.test_glob else cfg.embed.split))
@@ -921,8 +956,9 @@ def look_ahead(cfg: Config) -> dict:
         raise ValueError(
             f"{cfg.embed.test_glob}: {len(trained)} identities, such as {min(trained)!r}, are trained on; embed others"
         )
-    if cfg.eval.pairs:
-        dataio.read_pairs(Path(cfg.eval.pairs), names, files)
+    for pairs in dataio.find_files(cfg.eval.pairs):
+        its = dataio.find_given_rows(str(of), cfg.data.columns) if (of := pictures_of(pairs)) and of.exists() else None
+        dataio.read_pairs(pairs, *(dataio.read_names(its)[:2] if its else (names, files)))
     drawn = moco.enrol(names, keys, cfg.eval.enroll_per_id, cfg.eval.seed)
     gallery = len(np.unique(drawn.identity[drawn.enrolled]))
     return {"gallery": gallery, "distractors": drawn.distractors, "probes": len(drawn.probes)}
@@ -1155,13 +1191,6 @@ def reference_encoders(cfg: Config, rows: dataio.Rows, device: torch.device) -> 
     }  # fmt: skip
 
 
-def short_name(path: str) -> str:
-    """The last part of a path or pattern that has a name, without wildcards and suffix: faces/lfw/*.parquet -> lfw"""
-    parts = reversed(Path(os.path.abspath(path)).parts)
-    names = (re.sub(r"(\[.*?\]|[^\w-]|_)+", "_", Path(part).stem).strip("_-") for part in parts)
-    return next(filter(None, names), "files")
-
-
 def embedded_file(cfg: Config) -> str:
     """Where `embed` writes in the run's folder, by default named after what it embeds; so vectors of other files replace none."""
     name, given = f"{cfg.embed.split}_embeddings", cfg.embed.test_glob
@@ -1335,11 +1364,9 @@ def count_leaks(data: dataio.VectorTable, drawn: moco.Enrolment) -> dict[str, in
     return leaks
 
 
-def measure_pairs(path: str | Path | None, data: dataio.VectorTable, fars: list[float]) -> dict:
-    """The figures of a pair protocol such as LFW's; none where there is no protocol."""
-    if not path:
-        return {}
-    a, b, same, fold = dataio.read_pairs(Path(path), data.names, data.files)
+def measure_pairs(path: Path, data: dataio.VectorTable, fars: list[float]) -> dict:
+    """The figures of a pair protocol such as LFW's."""
+    a, b, same, fold = dataio.read_pairs(path, data.names, data.files)
     try:
         return moco.pair_figures(np.einsum("nd,nd->n", data.vectors[a], data.vectors[b]), same, fold, fars)
     except ValueError as error:
@@ -1365,21 +1392,60 @@ def read_reference(path: Path, name: str, data: dataio.VectorTable) -> dataio.Ve
     return reference
 
 
+def measure_benchmarks(path: Path, cfg: Config, folder: Path) -> dict[str, dict[str, dict]]:
+    """The figures of each of eval.pairs by encoder and name: NAME_pairs.parquet on NAME.parquet beside `path`, others on `path`.
+
+    Raises FileNotFoundError, with the command that makes them, for vectors that are missing.
+    """
+    found: dict[str, dict[str, dict]] = {"trained": {}}
+    for pairs in dataio.find_files(cfg.eval.pairs):
+        name, pictures = pairs.stem.removesuffix("_pairs"), pictures_of(pairs)
+        vectors = path.with_name(f"{short_name(str(pictures))}.parquet") if pictures else path
+        if not vectors.is_file():
+            cure = f"command=embed run={shlex.quote(cfg.run)} embed.test_glob={shlex.quote(str(pictures))}"
+            raise FileNotFoundError(f"{pairs}: is scored on {vectors}, which is not there; write it by {cure}")
+        if name in found["trained"]:
+            raise ValueError(f"eval.pairs: two files of the name {name}, {pairs} is the second; rename one")
+        data = read_vectors(vectors)
+        if vectors != path:
+            check_provenance(vectors, data, cfg, folder)
+        found["trained"][name] = measure_pairs(pairs, data, cfg.eval.fars)
+        for encoder in REFERENCES:
+            if reference := read_reference(vectors, encoder, data):
+                found.setdefault(encoder, {})[name] = measure_pairs(pairs, reference, cfg.eval.fars)
+    return found
+
+
+def pairs_table(metrics: dict, encoders: Iterable[str]) -> list[str]:
+    """A line for each pair protocol, and their mean: accuracy by encoder, chance, and TAR at the smallest FAR they support."""
+    names, accuracy = [*metrics["pair_protocol"]], "{accuracy:.4f} +- {standard_error:.4f}".format_map
+    by_encoder = {name: (metrics if name == "trained" else metrics[name])["pair_protocol"] for name in encoders}
+    rows = {"Accuracy of pairs": [*by_encoder, "chance", "TAR, trained"]}
+    for name in names:
+        ours = metrics["pair_protocol"][name]
+        fars = sorted(float(figure[4:]) for figure in ours if figure.startswith("tar@"))[:1]
+        rows[f"{name}, {ours['pairs']}"] = [accuracy(figures[name]) if name in figures else "" for figures in by_encoder.values()]
+        rows[f"{name}, {ours['pairs']}"] += [
+            f"{ours['chance']:.3f}",
+            *(f"{ours[f'tar@{far:g}']:.3f} at FAR {far:g}" for far in fars),
+        ]
+    if len(names) > 1:
+        means = (np.mean([f[name]["accuracy"] for name in names]) if {*names} <= f.keys() else None for f in by_encoder.values())
+        rows["mean"] = ["" if mean is None else f"{mean:.4f}" for mean in means]
+    width = max(map(len, rows)) + 3
+    lines = [f"{title:<{width}}" + "".join(f"{cell:<20}" for cell in cells) for title, cells in rows.items()]
+    return [*lines, "judged by the threshold of the other folds; +- is the standard error over the folds", ""] if names else []
+
+
 def results_table(metrics: dict, encoders: Iterable[str], cfg: moco.EvalConfig) -> str:
-    """The compact table of the terminal: a row an encoder, pairs first, intervals in brackets, chance last."""
-    pairs, gallery, rate = metrics["pair_protocol"], metrics["gallery"], "{:z.3f} [{:z.3f}, {:z.3f}]".format
+    """The compact tables of the terminal: pairs first, then a row an encoder, intervals in brackets, chance last."""
+    gallery, rate = metrics["gallery"], "{:z.3f} [{:z.3f}, {:z.3f}]".format
     columns = [(f"Rank-{k}", lambda f, k=k: rate(f[f"rank{k}"], *f[f"rank{k}_ci"]), min(1, k / gallery)) for k in cfg.top_k]
-    for far in sorted(float(name[4:]) for name in pairs if name.startswith("tar@"))[:1]:
-        columns.insert(0, (f"TAR at FAR {far:g}", lambda f, far=far: f"{f['pair_protocol'][f'tar@{far:g}']:.3f}", far))
-    if pairs:
-        accuracy = "{accuracy:.4f} +- {standard_error:.4f}".format_map
-        columns.insert(0, ("Accuracy of pairs", lambda f: accuracy(f["pair_protocol"]), pairs["chance"]))
     rows = {"": [title for title, _, _ in columns]}
     rows |= {name: [cell(metrics if name == "trained" else metrics[name]) for _, cell, _ in columns] for name in encoders}
     rows["chance"] = [f"{chance:.3f}" for _, _, chance in columns]
-    lines = [f"{name:<12}" + "".join(f"{cell:<24}" for cell in cells) for name, cells in rows.items()]
-    if pairs:
-        lines.append(f"{pairs['pairs']} pairs, judged by the threshold of the other folds; +- is the standard error over the folds")
+    lines = pairs_table(metrics, encoders)
+    lines += [f"{name:<12}" + "".join(f"{cell:<24}" for cell in cells) for name, cells in rows.items()]
     who = "unseen identities" if metrics["made_from"].get("trained_on") == 0 else "identities, not known to be unseen,"
     lines.append(
         f"{metrics['gallery']} {who} enrolled with {metrics['enroll_per_id']} pictures each ({metrics['distractors']} of them "
@@ -1408,7 +1474,7 @@ def write_report(folder: Path, files: dict[str, Path], metrics: dict, table: str
     chance = {f"rank{k}": min(1, k / gallery) for k in {1, 5, 10, *cfg.eval.top_k}} | {f"tar@{far:g}": far for far in cfg.eval.fars}
     ranks = np.minimum(np.arange(1, gallery + 1), moco.last_rank(cfg.eval) + 1)
     chance |= {"auc": 0.5, "eer": 0.5, "mrr": float((1 / ranks).mean())}
-    refused = [f"{name} of the pairs" for name in metrics["pair_protocol"].get("refused", [])]
+    refused = [f"{figure} of the pairs of {name}" for name, its in metrics["pair_protocol"].items() for figure in its["refused"]]
     refused += metrics["refused"] + metrics["open_set"].get("refused", [])
     heading = f"## {os.path.relpath(files['metrics'], folder)}"
     values = {
@@ -1440,20 +1506,22 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
         places = f"{folder / asked_for}: no such file, nor {Path(asked_for).absolute()}"
         raise FileNotFoundError(f"{places}; command=embed writes it, or set eval.embeddings")
     log.info("measuring %s", path)
+    pairs = measure_benchmarks(path, cfg, folder)
     device, data = moco.pick_device(cfg.device), read_vectors(path)
     asked = check_provenance(path, data, cfg, folder)
     metrics, ours = moco.evaluate(data, cfg.eval, device)
     metrics |= {
         "identities_asked": asked, "embeddings": str(path), "made_from": data.note, "leaks": count_leaks(data, ours.drawn),
-        "pair_protocol": measure_pairs(cfg.eval.pairs, data, cfg.eval.fars),
+        "pair_protocol": pairs["trained"],
     }  # fmt: skip
+    metrics["pairs_mean"] = float(np.mean([one["accuracy"] for one in pairs["trained"].values()])) if pairs["trained"] else None
     if metrics["gallery"] <= max(cfg.eval.top_k):
         log.warning("only %d identities are enrolled: Rank-%d is always 1", metrics["gallery"], max(cfg.eval.top_k))
     measured, data = {"trained": ours}, data._replace(vectors=np.empty((0, 0)))  # the next ones are as large: one at a time
     for name in REFERENCES:
         if reference := read_reference(path, name, data):
             measured[name] = moco.measure(reference, cfg.eval, device)
-            metrics[name] = measured[name].figures() | {"pair_protocol": measure_pairs(cfg.eval.pairs, reference, cfg.eval.fars)}
+            metrics[name] = measured[name].figures() | {"pair_protocol": pairs.get(name, {})}
     ranks = {"identity_id": data.names[ours.drawn.probes], "picture": data.keys[ours.drawn.probes], "rank": ours.found.rank}
     ranks = pa.table(ranks)
     with write_whole(files["ranks"]) as temporary:  # ranks beyond this one are not told apart
@@ -1551,11 +1619,14 @@ def train_and_measure(cfg: Config, folder: Path, typed: set[str]) -> float:
     """The whole path in one process: table, train, embed, eval."""
     objective = train_for_objective(cfg, folder, typed)
     embed(cfg, folder, typed)
+    for pictures in filter(None, map(pictures_of, dataio.find_files(cfg.eval.pairs))):
+        embed(dataclasses.replace(cfg, embed=dataclasses.replace(cfg.embed, test_glob=str(pictures), out=None)), folder, typed)
     evaluate(cfg, folder, typed)
     return objective
 
 
 COMMANDS: dict[str, Callable[[Config, Path, set[str]], float | None]] = {
+    "pack": pack,
     "split": split,
     "check": check,
     "train": train_for_objective,

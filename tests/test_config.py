@@ -44,6 +44,7 @@ def test_a_path_may_begin_with_the_home_folder(monkeypatch):
         "embed.out", "eval.pairs", "eval.embeddings", "report.runs",
     ]  # fmt: skip
     found = flat(dataclasses.asdict(settings(*(f"{key}='~/a b/{key}*'" for key in keys))))
+    (found["eval.pairs"],) = found["eval.pairs"]
     assert [found[key] for key in keys] == [f"/home/me/a b/{key}*" for key in keys]
 
 
@@ -167,7 +168,8 @@ def test_nothing_is_unpickled_and_nothing_is_instantiated_from_a_name():
     for path in ROOT.glob("*.py"):
         source = path.read_text()
         assert "instantiate" not in source
-        assert "import pickle" not in source
+        assert ("import pickle" in source) == (path.name == "dataio.py")
+        assert set(re.findall(r"pickle\.\w+", source)) <= {"pickle._Unpickler"}, path  # under BinUnpickler, which looks no name up
         assert source.count("torch.load(") == source.count("weights_only=True"), path
 
 
