@@ -875,14 +875,32 @@ MID_GREY = 128  # behind transparent pixels
 PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20  # of a text or profile; Pillow's own limit refuses pictures with long notes
 
 
-def without_notes(png: bytes) -> bytes:
-    """A PNG without the chunks that its pixels do not need, but for transparency and EXIF; other bytes as they are."""
-    kept, at = [png[:8]], 8
-    while png.startswith(b"\x89PNG") and at < len(png):
-        chunk = png[at : at + 12 + int.from_bytes(png[at : at + 4])]  # length, kind, content, checksum
-        kept += [chunk] if not chunk[4:5].islower() or chunk[4:8] in (b"tRNS", b"eXIf") else []
-        at += len(chunk)
-    return b"".join(kept) if at > 8 else png
+NOTES = {  # by how a file begins: length of that, and parts that its pixels do not need, but for a readable EXIF
+    b"\x89PNG": (8, re.compile(rb".{4}(?!tRNS|eXIf)[a-z]", re.DOTALL)),
+    b"\xff\xd8": (2, re.compile(rb"\xff(\xfe|[\xe1-\xed\xef](?!..Exif)|[\xe0\xee].{0,13}$)", re.DOTALL)),  # or it is too short
+}
+TIFF_NOTES = {269, 270, 271, 272, 282, 283, 285, 296, 297, 305, 306, 315, 316, *range(700, 1 << 16)}  # numbers of tags
+
+
+def without_notes(data: bytes) -> bytes:
+    """A PNG, JPEG, TIFF or AVIF without the notes that its pixels do not need; other bytes as they are."""
+    if data[4:8] == b"ftyp":
+        return data.replace(b"Exif", b"none", 1)  # the kind of an item, named before all pixels
+    if order := {b"II*\0": "little", b"MM\0*": "big"}.get(data[:4]):
+        at = int.from_bytes(data[4:8], order)  # of the list of tags: how many, 12 bytes each, and where the next list is
+        end = at + 2 + 12 * int.from_bytes(data[at : at + 2], order)
+        tags = [data[i : i + 12] for i in range(at + 2, end, 12) if int.from_bytes(data[i : i + 2], order) not in TIFF_NOTES]
+        short = b"".join([len(tags).to_bytes(2, order), *tags, data[end : end + 4]])
+        return data[:at] + short + data[at + len(short) :]
+    size, note = next((told for begins, told in NOTES.items() if data.startswith(begins)), (len(data), None))
+    kept, at, png = [], 0, size == 8
+    while at < len(data):
+        part = data[at : at + size]
+        kept += [part] if note is None or not note.match(part) else []
+        at += size
+        head = data[at : at + 4]
+        size = 12 + int.from_bytes(head) if png else 2 + int.from_bytes(head[2:]) if head[1:2] not in b"\xda\xff" else len(data)
+    return b"".join(kept)
 
 
 def decode_image(data: bytes | memoryview, size: int, max_pixels: int) -> np.ndarray:
@@ -895,7 +913,7 @@ def decode_image(data: bytes | memoryview, size: int, max_pixels: int) -> np.nda
         return decode_whole(data, size, max_pixels)
     except ValueError:
         bare = without_notes(bytes(data))
-        if len(bare) == len(data):
+        if bare == data:
             raise
         return decode_whole(bare, size, max_pixels)
 
@@ -915,7 +933,7 @@ def decode_whole(data: bytes | memoryview, size: int, max_pixels: int) -> np.nda
             image = image if turn is None else image.transpose(turn)
             if image.mode[0] in "IF":  # 16 or 32 bits, which convert() would clip
                 wide, clear = np.asarray(image), image.info.get("transparency")
-                top = 1 if image.mode == "F" else 255 if image.mode == "I" and wide.max() <= 255 else 65535
+                top = 1 if image.mode == "F" else 255 if wide.max() <= 255 else 65535
                 if not (wide.min() >= 0 and wide.max() <= top):
                     raise ValueError(f"values from {wide.min()} to {wide.max()}: floats must be in 0..1, integers in 0..65535")
                 image = Image.fromarray(np.where(wide == clear, MID_GREY, (wide * (255 / top)).round()).astype(np.uint8))
@@ -1804,6 +1822,11 @@ class Schedule:
         share = np.interp(middle, points, cfg.digiface_share) if points else np.full(len(middle), rows[0] / sum(rows))
         share = share if len(rows) == 2 else np.ones(len(middle))
         self.of_first = np.floor(np.concatenate([[0], np.cumsum(share * batch_size)]) + 0.5).astype(np.int64)  # [steps + 1]
+
+    @property
+    def rest(self) -> int:
+        """Steps after `begins`: over which rate and momentum are scheduled."""
+        return self.total_steps - self.begins
 
     def drawn(self, step: int) -> list[int]:
         """Images of DigiFace and of Digi2Real that were drawn before `step`."""

@@ -15,6 +15,7 @@ import glob
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -36,7 +37,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import hydra
 import numpy as np
@@ -44,6 +45,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
@@ -731,6 +733,11 @@ class Run(NamedTuple):
     def schedule(self) -> dataio.Schedule:
         return self.mix.schedule
 
+    @property
+    def warmup(self) -> float:
+        """Steps of the warm-up, counted like the rate from `schedule.begins` on."""
+        return moco.warmup_steps(self.schedule.rest, self.schedule.steps_per_epoch, self.cfg.train)
+
     def batches(self, start: int, stop: int) -> Iterator[Tensor]:
         """uint8 [B, 3, S, S] of steps start..stop-1, on the device."""
         return self.mix.batches(start, stop, self.training.device, self.cfg.data.workers)
@@ -822,10 +829,9 @@ def say_what_trains(run: Run, sources: list[dataio.Passes], streams: list[dataio
     log.info("%s images in %d steps an epoch, %d epochs", images, schedule.steps_per_epoch, cfg.train.epochs)
     if schedule.begins:
         log.info("extended from step %d on: a new warm-up, and a cosine from train.lr=%g", schedule.begins, cfg.train.lr)
-    warmup = moco.warmup_steps(schedule.total_steps - schedule.begins, schedule.steps_per_epoch, cfg.train)
-    if warmup < cfg.train.warmup_epochs * schedule.steps_per_epoch:
+    if run.warmup < cfg.train.warmup_epochs * schedule.steps_per_epoch:
         told = "train.warmup_epochs=%g does not fit: the warm-up is a tenth of the run, %d steps"
-        log.warning(told, cfg.train.warmup_epochs, math.ceil(warmup))
+        log.warning(told, cfg.train.warmup_epochs, math.ceil(run.warmup))
     log.info("%s (%.1f M weights), %s on %s", cfg.backbone.name, weights / 1e6, precision, training.device)
     log.info("order: %s%s", sources[0].order_kind, " of materialised shards" if rows.shards else "")
     for place, stream in zip(rows.indices, streams, strict=True) if cfg.data.cache == "none" else ():
@@ -860,7 +866,7 @@ def step_figures(run: Run, out: moco.StepOutput, grad_norm: Tensor, lr: float, k
 def tell_signs(entry: dict, run: Run, told: set[tuple[str, int]]) -> None:
     """Warn of a run that will come to nothing, once per cause and epoch, or stop it where train.when_stuck=stop."""
     cfg = run.cfg.train
-    warmed_up = entry["step"] > moco.warmup_steps(run.schedule.total_steps, run.schedule.steps_per_epoch, cfg) + 1
+    warmed_up = entry["step"] - run.schedule.begins > run.warmup + 1
     for cause, what in moco.signs_of_failure(entry, run.training.monitor["untrained"], cfg, warmed_up).items():
         if (cause, entry["epoch"]) not in told:
             told.add((cause, entry["epoch"]))
@@ -874,7 +880,7 @@ def run_steps(run: Run, monitor: list[tuple[Tensor, Tensor]], last_step: int) ->
     cfg, training, schedule = run.cfg, run.training, run.schedule
     if cfg.train.compile:
         training.compile()
-    timer, told_signs, drawn_at, rest = Timer(), set(), time.monotonic(), schedule.total_steps - schedule.begins
+    timer, told_signs, drawn_at, rest = Timer(), set(), time.monotonic(), schedule.rest
     counts = {"total": schedule.total_steps * schedule.batch_size, "initial": training.step * schedule.batch_size}
     with (
         contextlib.closing(run.pairs(training.step, last_step)) as batches, open(run.folder / "train_log.jsonl", "a") as log_file,
@@ -1298,14 +1304,19 @@ PICTURES = ("cmc", "roc", "similarity", "neighbours")
 def files_of_evaluation(cfg: Config, folder: Path) -> dict[str, Path]:
     """Files that an evaluation owns, like its section of report.md: it replaces all of them and touches no other's.
 
-    metrics.json, plots/cmc.png, ... belong to the run's own test vectors; metrics_lfw.json, plots/lfw_cmc.png, ... to lfw.parquet.
+    metrics.json, plots/cmc.png, ... belong to the run's own test vectors; metrics_lfw.json, plots/lfw_cmc.png, ... to lfw.parquet;
+    of eval.out=other/x.json they are other/x.cmc.png, ...
     """
     vectors, own = cfg.eval.embeddings or embedded_file(cfg), os.path.abspath(folder / "embeddings/test_embeddings.parquet")
     is_own = own in (os.path.abspath(folder / vectors), os.path.abspath(vectors))
     out = cfg.eval.out or ("metrics.json" if is_own else f"metrics_{short_name(vectors)}.json")
-    name = "" if out == "metrics.json" else short_name(out).removeprefix("metrics_") + "_"
-    files = {"metrics": folder / out, "ranks": (folder / out).with_suffix(".ranks.parquet")}  # the rank of each probe
-    return files | {what: folder / "plots" / f"{name}{what}.png" for what in PICTURES}
+    metrics = Path(os.path.abspath(folder / out))
+    stem = metrics.name.removesuffix(".json")
+    files = {"metrics": metrics, "ranks": metrics.with_name(f"{stem}.ranks.parquet")}  # the rank of each probe
+    pictures = f"{metrics.with_name(stem)}."  # beside a file of any other name, which may be anywhere
+    if metrics.parent == Path(os.path.abspath(folder)) and re.match(r"metrics(_|$)", stem):
+        pictures = f"{folder}/plots/" + f"{stem}_".removeprefix("metrics_")
+    return files | {what: Path(f"{pictures}{what}.png") for what in PICTURES}
 
 
 def check_provenance(path: Path, data: dataio.VectorTable, cfg: Config, folder: Path) -> int | None:
@@ -1458,7 +1469,7 @@ def write_report(folder: Path, files: dict[str, Path], metrics: dict, table: str
     """report.md: a run on one page. Each evaluation has a section, conf/templates/report.md; this writes that of `files`."""
 
     def shown(*pictures: Path) -> str:
-        return "\n\n".join(f"![{path.stem}](plots/{path.name})" for path in pictures if path.exists())
+        return "\n\n".join(f"![{path.stem}]({os.path.relpath(path, folder)})" for path in pictures if path.exists())
 
     def rows(figures: dict, *labels: object, only: str | None = None, beside: Iterable[dict] = ()) -> str:
         """A line for each figure with an interval, or for the figure `only` under other labels; others' values behind it."""
@@ -1660,6 +1671,8 @@ def main(raw: DictConfig) -> float | None:
         if in_sweep():  # Hydra tells of the first failure alone, and only when all jobs are done
             log.error("%s failed: %s", folder, in_short(error))
         traceback.clear_frames(error.__traceback__)  # a sweep keeps the errors of its jobs, and they all that the jobs held
+        if isinstance(error, REFUSALS) and not in_sweep():
+            end_with(error)  # at once: Hydra would print a line before ours
         raise
     finally:
         if in_sweep() and raw.command in ("train", "eval", "all"):
@@ -1693,12 +1706,17 @@ def folder_name(dirname: str, overrides: list[str], sweep_dir: str, excluded: li
     return disk_name("_".join(item for item in varied if "/" not in item and len(item) <= 60), "_".join(varied))
 
 
+REFUSALS = (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException, yaml.YAMLError)  # told in one line
+
+
 def in_short(error: Exception) -> str:
     """What went wrong, without Hydra's search path and without its advice to add an unknown key by force."""
-    if isinstance(error, OverrideParseException):
-        key, equals, value = error.override.replace("\\", "\\\\").replace('"', '\\"').partition("=")
+    several = re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'", str(error))  # "a,b", "range(3)" without -m
+    if several or isinstance(error, OverrideParseException):
+        word = several[1] if several else error.override
+        key, equals, value = word.replace("\\", "\\\\").replace('"', '\\"').partition("=")
         spelling = shlex.quote(f'{key}="{value}"') if equals else f"command={key}" if key in COMMANDS else f"{key}=VALUE"
-        return f"{error.override}: cannot be read; write {spelling}"
+        return f"{word}: cannot be read; write {spelling}" + ", or add -m for a sweep over these values" * bool(several)
     if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark):
         return f"{mark.name}, line {mark.line + 1}: {error.problem!r}; write 'key: value', each key once, with spaces, no tabs"
     if not isinstance(error, HydraException | OmegaConfBaseException):
@@ -1708,9 +1726,31 @@ def in_short(error: Exception) -> str:
     return " ".join(lines) + "; see conf/ for what there is"
 
 
+def end_with(error: Exception) -> NoReturn:
+    sys.exit(f"sniperface: {in_short(error)}")
+
+
 def stop_at_once(number: int, frame: object) -> None:
     """SIGTERM outside the training loop ends like Ctrl-C: what is half written is taken away, and a line says how to go on."""
     raise KeyboardInterrupt(number)
+
+
+def check_flags(words: list[str]) -> None:
+    """Raise ValueError for a flag that Hydra has not, such as --epochs=3, with the setting of that name."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            get_args_parser().parse_args(words)
+    except SystemExit as error:
+        if not error.code:
+            raise
+        keys = lines_of(yaml.compose((CONF / "config.yaml").read_text()))
+        for flag, equals, value in (word.partition("=") for word in words if re.match(r"--?[a-z_.-]{3,}", word)):
+            name = flag.lstrip("-").replace("-", "_")
+            if found := next((key for key in keys if f".{key}".endswith(f".{name}")), None):
+                raise ValueError(f"{flag}{equals}{value}: settings have no dashes; write {found}={value or 'VALUE'}") from error
+        why = told.getvalue().strip().split("error: ")[-1]
+        raise ValueError(f"{why}; settings have no dashes, see conf/config.yaml") from error
 
 
 def start() -> None:
@@ -1720,12 +1760,13 @@ def start() -> None:
     os.environ[TYPED] = shlex.join(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra's own refusals arrive below as exceptions
     try:
+        check_flags(sys.argv[1:])
         main()
     except KeyboardInterrupt as stopped:
         print("sniperface: stopped; the same command goes on where it can", file=sys.stderr)
         sys.exit(128 + (stopped.args or (signal.SIGINT,))[0])
-    except (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        sys.exit(f"sniperface: {in_short(error)}")
+    except REFUSALS as error:
+        end_with(error)
 
 
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)

@@ -296,6 +296,14 @@ def test_a_file_of_figures_that_is_asked_for_names_its_pictures(tmp_path):
     assert elsewhere["metrics"] == tmp_path / "metrics_test_embeddings.json"
 
 
+def test_no_two_files_of_figures_share_a_picture(tmp_path):
+    names = ["metrics.json", "metrics_x.json", "x.json", "a/x.json", "b/x.json", "a/metrics.json", f"{tmp_path.parent}/x.json"]
+    owned = [sniperface.files_of_evaluation(settings(f"eval.out={name}"), tmp_path) for name in names]
+    assert len({path for files in owned for path in files.values()}) == sum(map(len, owned))
+    assert sniperface.files_of_evaluation(settings("eval.out=./metrics.json"), tmp_path) == owned[0]
+    assert owned[3]["cmc"] == tmp_path / "a" / "x.cmc.png"
+
+
 def test_no_table_shows_a_negative_zero():
     figures = {"pair_protocol": {}, "gallery": 9, "made_from": {}, "enroll_per_id": 1, "distractors": 0, "probes": 9}
     figures |= {"rank1": -1e-12, "rank1_ci": [-0.0, 0.4]}
