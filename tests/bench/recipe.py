@@ -2,9 +2,9 @@
 
     uv run python tests/bench/recipe.py FACES/first_*.parquet FACES/second_*.parquet [--rows small usynthface] [--seeds 1 2 3]
 
-Trains each row of ROWS with each seed by the program's own commands, measures it on pairs and by Rank-1, and prints a table with the
-paired difference of each row to the untrained encoder and to LBP. Choosing is done on validation identities; `--side test` is for
-the one figure that is reported. Rows that are finished stand in recipe.json and are not run again.
+Trains each row of ROWS with each seed by the program's own commands, measures it on pairs and by Rank-1, and prints a table with
+the paired difference of each row to the untrained encoder and to LBP. Choosing is done on validation identities; `--side test` is
+for the one figure that is reported. Rows that are finished stand in recipe.json and are not run again.
 """
 
 import argparse
@@ -38,7 +38,7 @@ PAIRS, GENUINE_A_PERSON, FOLDS = 6000, 15, 10
 
 
 def write_pairs(vectors: dataio.VectorTable, path: Path) -> np.ndarray:
-    """Half genuine, both people of a pair in the same fold, fixed by a seed; gives the identity code of each pair's first picture."""
+    """Half genuine, both people of a pair in the same fold, fixed by a seed; gives the code of each pair's first person."""
     rng, person = np.random.default_rng(0), np.unique(vectors.names, return_inverse=True)[1]
     fold, genuine = rng.permutation(person.max() + 1) % FOLDS, []
     for one in range(person.max() + 1):
