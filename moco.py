@@ -18,6 +18,7 @@ import hashlib
 import itertools
 import logging
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -253,9 +254,7 @@ class MoCo(nn.Module):
         shuffle_groups: int = 8, symmetric: bool = False,
     ):  # fmt: skip
         super().__init__()
-        self.query = nn.Sequential()
-        self.query.add_module("backbone", backbone)
-        self.query.add_module("head", head)
+        self.query = nn.Sequential(OrderedDict(backbone=backbone, head=head))
         self.key = copy.deepcopy(self.query).requires_grad_(False)  # a copy: head and statistics included
         self.loss = loss
         self.guard, self.shuffle_groups, self.symmetric = guard, shuffle_groups, symmetric

@@ -7,7 +7,6 @@ one means: conf/config.yaml. Everything a run makes is in runs/<run>/.
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import gc
@@ -258,22 +257,16 @@ def settings_of(saved: dict, cfg: Config, typed: set[str]) -> Config:
 
 
 def configure_process(device: torch.device, deterministic: bool, tf32: bool) -> None:
-    """Set what torch and the C library keep for the whole process, in full each time: the jobs of a sweep share one."""
+    """Set what torch keeps for the whole process, in full each time: the jobs of a sweep share one."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; without it no deterministic product
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # each value of ours is written before it is read
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.allow_tf32 = tf32
-    if device.type == "cpu" and sys.platform == "linux":  # keep freed memory: else each large tensor is mapped and zeroed anew
-        with contextlib.suppress(AttributeError):  # a C library without mallopt
-            libc = ctypes.CDLL(None)
-            libc.mallopt(-4, 0)  # M_MMAP_MAX
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def describe_machine(device: torch.device) -> dict:
     """What else is needed to repeat a run: versions, commit, hardware."""
-
     packages = ("torch", "torchvision", "numpy", "pyarrow", "hydra-core", "pillow")
     git = ["git", "-C", str(PROGRAM), "status", "--porcelain=v2", "--branch"]
     done = subprocess.run(git, capture_output=True, text=True, check=False) if shutil.which("git") else None

@@ -123,9 +123,8 @@ def main() -> None:
     rows = [row for row in done if row["side"] == args.side]
     names = list(dict.fromkeys(row["row"] for row in rows))
     base: dict[str, list] = {name: [row for row in rows if row["row"] == name] for name in names}
-    print(
-        f"| row, {args.side} identities | seeds | pictures seen | accuracy | TAR at FAR 1e-2 | Rank-1 | beside untrained | beside LBP |"
-    )
+    titles = ("seeds", "pictures seen", "accuracy", "TAR at FAR 1e-2", "Rank-1", "beside untrained", "beside LBP")
+    print(f"| row, {args.side} identities | {' | '.join(titles)} |")
     print("|---|---|---|---|---|---|---|---|")
     for name, its in sorted(base.items(), key=lambda item: np.mean([row["accuracy"] for row in item[1]])):
         mean = {key: 100 * float(np.mean([row[key] for row in its])) for key in ("accuracy", "tar@0.01", "rank1")}
