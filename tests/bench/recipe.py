@@ -12,7 +12,6 @@ import base64
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import common
@@ -74,7 +73,7 @@ def run_row(name: str, overrides: str, seed: int, args: argparse.Namespace) -> t
         "split.validation_ratio=0.15", f"split.out_dir={args.folder}/splits", f"data.cache_dir={args.folder}/cache", f"seed={seed}",
         f"run_dir={args.folder}/runs/{run}", "train.keep_last=1", f"embed.split={args.side}", "embed.leak_check=false",
     ]  # fmt: skip
-    program, begun = [sys.executable, str(common.ROOT / "sniperface.py"), *words], time.monotonic()
+    program = [sys.executable, str(common.ROOT / "sniperface.py"), *words]
     folder = args.folder / "runs" / run
     for command in ("train", "embed", "eval"):
         subprocess.run([*program, f"command={command}", f"eval.embeddings=embeddings/{args.side}_embeddings.parquet"], check=True)
@@ -89,7 +88,7 @@ def run_row(name: str, overrides: str, seed: int, args: argparse.Namespace) -> t
         rows.append({
             "row": name if encoder == "trained" else encoder, "seed": seed, "side": args.side, "overrides": overrides,
             "seen": log["step"] * int(sniperface.read_saved_settings(folder / "config.yaml")["train"]["batch_size"]),
-            "minutes": round((time.monotonic() - begun) / 60, 1), "rank1": figures["rank1"], "monitor": log.get("monitor_loss"),
+            "minutes": round(log["seconds"] / 60, 1), "rank1": figures["rank1"], "monitor": log.get("monitor_loss"),
             **measure(vectors, pairs, [1e-2]),
         })  # fmt: skip
     return rows, people.tolist()
