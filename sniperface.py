@@ -837,9 +837,14 @@ def say_what_trains(run: Run, sources: list[dataio.Passes], streams: list[dataio
             advice = "; data.cache=decoded or command=split mend that" if worse > 2 else ""
             told = "%s: %.1f times as many pictures of the same person in the queue as in a true shuffle%s"
             log.info(told, place, worse, advice)
-    if len(training.model.queue) > epoch_images / 2:
-        told = "moco.queue_size=%d holds more than half an epoch (%d images): many negatives are pictures of the query's own face"
-        log.warning(told, len(training.model.queue), epoch_images)
+    queue, fits = len(training.model.queue), max(epoch_images // 16, 4 * schedule.batch_size)
+    if queue > fits:
+        told = "moco.queue_size=%d is over a sixteenth of the %d train pictures, full of the query's own people; set moco.queue_size=%d"
+        log.warning(told, queue, epoch_images, fits)
+    lag, steps = 1 - cfg.moco.key_momentum, schedule.rest
+    if lag and steps * lag < 2:
+        told = "moco.key_momentum=%g: in %d steps the key encoder hardly leaves its first weights; set moco.key_momentum=%g"
+        log.warning(told, cfg.moco.key_momentum, steps, max(0.0, round(1 - 10 / steps, 3)))
 
 
 def step_figures(run: Run, out: moco.StepOutput, grad_norm: Tensor, lr: float, key_momentum: float) -> dict:

@@ -240,3 +240,12 @@ def test_deterministic_changes_nothing_on_the_cpu_and_no_setting_of_torch_leaks_
     train(words, tmp_path / "usual", "train.max_steps=5")
     assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic) == (True, False)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_queue_and_a_key_momentum_that_do_not_fit_the_data_are_told_with_what_would(words, tmp_path, caplog):
+    train(words, tmp_path / "fits", "train.max_steps=1")
+    assert "moco.queue_size=" not in caplog.text
+    train(words, tmp_path / "run", "train.max_steps=1", "moco.queue_size=100", "moco.key_momentum=0.999")
+    assert "moco.queue_size=100 is over a sixteenth of the" in caplog.text
+    assert "set moco.queue_size=64" in caplog.text
+    assert "moco.key_momentum=0.999: in " in caplog.text
