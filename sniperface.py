@@ -839,7 +839,7 @@ def say_what_trains(run: Run, sources: list[dataio.Passes], streams: list[dataio
             log.info(told, place, worse, advice)
     queue, fits = len(training.model.queue), max(epoch_images // 16, 4 * schedule.batch_size)
     if queue > fits:
-        told = "moco.queue_size=%d is over a sixteenth of the %d train pictures, full of the query's own people; set moco.queue_size=%d"
+        told = "moco.queue_size=%d exceeds a sixteenth of the %d pictures: many are the query's own face; set moco.queue_size=%d"
         log.warning(told, queue, epoch_images, fits)
     lag, steps = 1 - cfg.moco.key_momentum, schedule.rest
     if lag and steps * lag < 2:

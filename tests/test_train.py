@@ -246,6 +246,6 @@ def test_a_queue_and_a_key_momentum_that_do_not_fit_the_data_are_told_with_what_
     train(words, tmp_path / "fits", "train.max_steps=1")
     assert "moco.queue_size=" not in caplog.text
     train(words, tmp_path / "run", "train.max_steps=1", "moco.queue_size=100", "moco.key_momentum=0.999")
-    assert "moco.queue_size=100 is over a sixteenth of the" in caplog.text
+    assert "moco.queue_size=100 exceeds a sixteenth of the" in caplog.text
     assert "set moco.queue_size=64" in caplog.text
     assert "moco.key_momentum=0.999: in " in caplog.text
