@@ -110,8 +110,8 @@ def test_a_wrong_value_names_the_key_what_was_given_and_what_is_allowed(override
 
 def test_a_batch_set_alone_takes_the_queue_along_and_says_so(caplog):
     cfg = settings("train.batch_size=4000", "moco.symmetric=true", "backbone=tiny", "experiment=demo")
-    assert cfg.moco.queue_size == 1024  # as asked, also in what the run saves
-    assert caplog.messages == ["moco.queue_size=1024 is less than the keys of one step: 8000 are kept"]
+    assert cfg.moco.queue_size == 512  # as asked, also in what the run saves
+    assert caplog.messages == ["moco.queue_size=512 is less than the keys of one step: 8000 are kept"]
     assert len(sniperface.build_model(cfg).queue) == 8000
     with pytest.raises(ValueError, match=r"moco\.queue_size=32768: must be >= 40000, .*train\.batch_size"):
         settings("train.batch_size=40000", "moco.queue_size=32768")

@@ -66,7 +66,7 @@ def plain_losses(people, tmp_path_factory):
     [
         ("data.cache=device", 0),  # the same images in the same order, in the same arithmetic
         ("train.amp=bf16", 0.1),
-        pytest.param("train.compile=true", 0.02, marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs a compiler")),
+        pytest.param("train.compile=true", 0.05, marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs a compiler")),
     ],
 )
 def test_twenty_steps_of_each_faster_path_have_the_losses_of_the_plain_one(words, tmp_path, plain_losses, faster, tolerance):
@@ -163,9 +163,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_lists_its_pi
     monkeypatch.setattr(moco.MarginNCE, "of_cosines", breaks)
     views = sniperface.Run.views
 
-    def noted(run, images, purpose, step):
+    def noted(run, images, purpose, step, others=None):
         drawn[purpose, step] = images
-        return views(run, images, purpose, step)
+        return views(run, images, purpose, step, others)
 
     monkeypatch.setattr(sniperface.Run, "views", noted)
     with pytest.raises(FloatingPointError, match=r"step 7 .*bad_batch\.json"):
