@@ -931,19 +931,19 @@ def whiten_checkpoints(cfg: Config, folder: Path, sources: list[dataio.Passes], 
     """Put the whitening into the final and the best checkpoint of a finished run, where it is not there yet."""
     if cfg.embed.whiten == "none":
         return
-    checkpoints = folder / "checkpoints"
-    final = load_checkpoint(checkpoints / "last.pt")
-    best = load_checkpoint(checkpoints / "best.pt")
+    last, best, end = (folder / "checkpoints" / f"{name}.pt" for name in ("last", "best", f"epoch_{cfg.train.epochs:02d}"))
     configure_process(device, deterministic=True, tf32=False)  # as embed computes
-    model = build_model(cfg)
-    for state, path in ((best, checkpoints / "best.pt"), (final, checkpoints / f"epoch_{cfg.train.epochs:02d}.pt")):
-        if "whitening" not in state and (state is final or state["step"] < final["step"]):
+    model, final = build_model(cfg), load_checkpoint(last)
+    earlier = load_checkpoint(best) if best.exists() else final  # there is none where the monitor was never a number
+    is_last = earlier["step"] == final["step"]
+    for path, state in ((best, earlier), (end, final))[is_last:]:
+        if "whitening" not in state:
             moco.load_weights(model, state["model"])
             state["whitening"] = fit_whitening(model.query.backbone, sources, cfg, device)._asdict()
             write_checkpoint(state, path)
-    link(path, checkpoints / "last.pt")
-    if best["step"] == final["step"]:
-        link(path, checkpoints / "best.pt")
+    link(end, last)
+    if is_last and best.exists():
+        link(end, best)
     rotate_checkpoints(folder, cfg.train)
 
 

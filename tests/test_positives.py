@@ -213,6 +213,15 @@ def test_a_whitening_that_a_kill_prevented_is_made_by_the_same_command(words, tm
     assert "whitening" in state_of(tmp_path)
 
 
+def test_a_finished_run_without_a_best_checkpoint_or_a_whitening_gets_one_when_it_is_asked_for(words, tmp_path):
+    train(words, tmp_path, "embed.whiten=none")
+    assert "whitening" not in state_of(tmp_path)
+    (tmp_path / "checkpoints" / "best.pt").unlink()
+    train(words, tmp_path)
+    assert "whitening" in state_of(tmp_path)
+    assert not (tmp_path / "checkpoints" / "best.pt").exists()
+
+
 def test_vectors_are_whitened_from_the_checkpoint_else_by_the_train_rows_else_not(words, people, tmp_path, caplog):
     train(words, tmp_path)
     out = tmp_path / "embeddings" / "test_embeddings.parquet"
