@@ -1003,7 +1003,7 @@ def train(cfg: Config, folder: Path) -> float:
                 what = "finished" if training.step >= schedule.total_steps else "at train.max_steps"
                 log.info("%s: %s, %d of %d steps; nothing to do", folder, what, training.step, schedule.total_steps)
                 if training.step >= schedule.total_steps and "whitening" not in saved:
-                    whiten_checkpoints(cfg, folder, streams, device)
+                    whiten_checkpoints(cfg, folder, dataio.cached(streams, cfg.data, device), device)
                 return -min(training.monitor["best"], training.monitor["last"])
             log.info("going on from step %d of %d", training.step, schedule.total_steps)
             if saved["meta"]["precision"] != str(training.precision):

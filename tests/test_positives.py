@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import encode, write_rows
-from runs import SOURCES, assert_same_run, settings, state_of, train
+from runs import SOURCES, assert_same, assert_same_run, bits, settings, state_of, train
 
 import dataio
 import moco
@@ -207,10 +207,11 @@ def test_a_whitening_that_a_kill_prevented_is_made_by_the_same_command(words, tm
     with monkeypatch.context() as patch:
         patch.setattr(sniperface, "fit_whitening", lambda *_: pytest.fail("killed"))
         with pytest.raises(pytest.fail.Exception):
-            train(words, tmp_path)
-    assert "whitening" not in state_of(tmp_path)
-    train(words, tmp_path)
-    assert "whitening" in state_of(tmp_path)
+            train(words, tmp_path / "parts", "data.cache=decoded")
+    assert "whitening" not in state_of(tmp_path / "parts")
+    for run in ("parts", "whole"):
+        train(words, tmp_path / run, "data.cache=decoded")
+    assert_same(*(bits(state_of(tmp_path / run)["whitening"]) for run in ("parts", "whole")))
 
 
 def test_a_finished_run_without_a_best_checkpoint_or_a_whitening_gets_one_when_it_is_asked_for(words, tmp_path):
