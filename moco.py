@@ -352,7 +352,7 @@ def load_weights(model: MoCo, weights: dict[str, Tensor]) -> None:
 # ---- Positives beyond the same picture ----
 
 EXACT_ROWS = 200_000  # of more rows the nearest are found approximately
-LBP_ROWS, WHITEN_ROWS_AT_MOST = 4096, 50_000  # that they are fitted on, at most about
+REFERENCE_ROWS, WHITEN_ROWS = 4096, 50_000  # train pictures that LBP and PCA, and a whitening, are fitted on, at most
 
 
 @dataclass
@@ -532,6 +532,11 @@ class Training:
         self.step, self.monitor = state["step"], dict(state["monitor"])
         self.links = {name: Links(*links) for name, links in state.get("links", {}).items()}
 
+    @property
+    def links_in_use(self) -> tuple[str, Links]:
+        """By what they were found, and the links."""
+        return [*self.links.items()][-1]
+
     def compile(self) -> None:
         for encoder in (self.model.query, self.model.key):
             encoder.compile()  # in place: the names in the checkpoint stay
@@ -598,19 +603,18 @@ class Training:
         pictures: gives all train pictures, so many rows, as views [n, 3, S, S] without augmentation, each time in the same order.
         """
         if not self.links:
-            encode = fit_lbp(views[:: max(1, rows // LBP_ROWS)] for views in pictures())
+            encode = fit_lbp(views[:: max(1, rows // REFERENCE_ROWS)] for views in pictures())
             self.links["lbp"] = mutual_links(torch.cat([encode(views) for views in pictures()]), cfg.neighbours, cfg.keep)
         else:
             model = self.model.eval()
             with self.autocast():
                 vectors = torch.cat([F.normalize(model.query.backbone(views).float()).cpu() for views in pictures()])
             model.train()
-            vectors = fit_whitening(vectors[:: max(1, rows // WHITEN_ROWS_AT_MOST)])(vectors)
+            vectors = fit_whitening(vectors[:: max(1, rows // WHITEN_ROWS)])(vectors)
             self.links.pop("encoder", None)
             if found := mutual_links(vectors, cfg.neighbours, cfg.keep, at_least=self.links["lbp"]):
                 self.links["encoder"] = found
-        name, links = list(self.links.items())[-1]
-        log.info("positives by %s: %s", name, links)
+        log.info("positives by %s: %s", *self.links_in_use)
 
     @torch.no_grad()
     def measure_monitor(self, parts: list[tuple[Tensor, Tensor]]) -> float:
@@ -668,7 +672,7 @@ def signs_of_failure(entry: dict, untrained: float, cfg: TrainConfig, warmed_up:
 
 Encoder = Callable[[Tensor], Tensor]  # views float [n, 3, S, S] in [-1, 1], on its device -> unit rows float32 [n, D] on the CPU
 PCA_SIDE_PX, PCA_COMPONENTS = 32, 128
-WHITEN_ROWS = 1000  # fewer are shrunk harder
+FEW_ROWS = 1000  # a whitening of fewer is shrunk harder
 SHRINKAGE, LBP_SHRINKAGE = 0.3, 1.0  # of encoders and of LBP: the best on validation identities of 0.03 to 3
 
 
@@ -688,9 +692,9 @@ def fit_whitening(vectors: Tensor, shrinkage: float = SHRINKAGE) -> Whitening:
 
     It is what makes little-varying directions count: what a face encoder learns early lies in these.
     """
-    if len(vectors) < WHITEN_ROWS:
+    if len(vectors) < FEW_ROWS:
         log.warning("a whitening of %d pictures is rough: its directions are shrunk harder", len(vectors))
-        shrinkage *= WHITEN_ROWS / len(vectors)
+        shrinkage *= FEW_ROWS / len(vectors)
     mean = vectors.mean(0)
     with torch.random.fork_rng(devices=[]):  # the directions are found by random projections (arXiv:0909.4061)
         torch.manual_seed(0)

@@ -175,7 +175,7 @@ def load_config(raw: DictConfig, typed: Iterable[str] = ()) -> Config:
     try:
         plain = expand_home(OmegaConf.to_container(raw, resolve=True))
         for section, key in (("pack", "source"), ("eval", "pairs")):  # one path, or several
-            plain[section][key] = [value] if isinstance(value := plain[section][key], str) else value
+            plain[section][key] = [value] if isinstance(value := plain[section][key], str) else value or []
         cfg: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     except Exception as error:  # omegaconf's errors say the key in a line of their own
         lines = [line.strip() for line in str(error).splitlines()]
@@ -616,13 +616,13 @@ def draw_results(
     with picture(files["cmc"]) as axes:
         for style, (name, found) in enumerate(measured.items()):
             curve(axes[0, 0], ranks, found.cmc, name, style, **CMC_AXES)
-        curve(axes[0, 0], ranks, np.minimum(1, ranks / gallery), "chance", 3)
+        curve(axes[0, 0], ranks, np.minimum(1, ranks / gallery), "chance", len(measured))
     if ours.roc:  # else there are too few impostors for any point of it
         with picture(files["roc"]) as axes:
             units = {"xlabel": "false accept rate", "ylabel": "true accept rate", "xscale": "log", "ylim": (0, 1)}
             for style, (name, found) in enumerate(measured.items()):
                 curve(axes[0, 0], list(found.roc), list(found.roc.values()), name, style, **units)
-            curve(axes[0, 0], list(ours.roc), list(ours.roc), "chance", 3)
+            curve(axes[0, 0], list(ours.roc), list(ours.roc), "chance", len(measured))
     draw_similarity(files["similarity"], ours)
     draw_neighbours(files["neighbours"], data, ours, cfg)
 
@@ -745,10 +745,9 @@ class Run(NamedTuple):
             if first % (each * cfg.every_epochs) == 0:
                 rows = sum(map(len, caches))
                 self.training.renew_links(lambda: dataio.pictures_in(caches, self.training.device), rows, cfg)
-            partners = [*self.training.links.values()][-1].partners.numpy()
+            partners = self.training.links_in_use[1].partners.numpy()
             linked = [dataio.Partners(caches, number, partners, cfg.p) for number in range(len(caches))]
-            linked = dataio.mix_from_start(linked, self.schedule)
-            others = linked.batches(first, last, self.training.device, self.cfg.data.workers)
+            others = dataio.mix_from_start(linked, self.schedule).batches(first, last, self.training.device, self.cfg.data.workers)
             yield from zip(self.batches(first, last), others, strict=True)
 
     def views(self, images: Tensor, purpose: str, step: int, others: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -1065,9 +1064,8 @@ def try_steps(cfg: Config, rows: dataio.Rows, scratch: Path) -> dict:
     """Real steps on the plain stream, a round through the checkpoint, and where there is a GPU its step beside the CPU's."""
     device = moco.pick_device(cfg.device)
     configure_process(device, cfg.deterministic, tf32=True)
-    cfg = dataclasses.replace(
-        cfg, positives=dataclasses.replace(cfg.positives, name="self")
-    )  # there is no cache to look others up in
+    plain = dataclasses.replace(cfg.positives, name="self")  # there is no cache here to take linked pictures from
+    cfg = dataclasses.replace(cfg, positives=plain)
     streams = dataio.open_streams(rows, cfg.data, cfg.seed)
     schedule = dataio.Schedule(cfg.curriculum, list(map(len, streams)), cfg.train.batch_size, cfg.train.epochs)
     training = moco.Training(build_model(cfg), cfg.train, device)
@@ -1160,7 +1158,6 @@ def check(cfg: Config, folder: Path, typed: set[str]) -> None:
 
 # ---- embed ----
 
-REFERENCE_IMAGES, WHITEN_IMAGES = 4096, 50_000  # train images that the references and a whitening are fitted on, at most
 REFERENCES = ("untrained", "lbp", "pca")
 
 
@@ -1175,24 +1172,22 @@ def sample_images(sources: list[dataio.Passes], cfg: Config, count: int) -> Iter
 def fit_whitening(
     backbone: torch.nn.Module, sources: list[dataio.Passes], cfg: Config, device: torch.device
 ) -> moco.Whitening:  # fmt: skip
-    """The whitening of the frozen encoder's vectors, in one pass over a sample of the train pictures."""
-    encode, images = moco.freeze(backbone, device, cfg.embed.flip), sample_images(sources, cfg, WHITEN_IMAGES)
+    """The whitening of the frozen encoder's vectors, mirrored or not as embed.flip asks, in one pass over the train pictures."""
+    encode, images = moco.freeze(backbone, device, cfg.embed.flip), sample_images(sources, cfg, moco.WHITEN_ROWS)
     images = progress(images, desc="fitting the whitening", unit="batch", leave=False)
     return moco.fit_whitening(torch.cat([encode(dataio.to_float(part.to(device))) for part in images]))
 
 
 def reference_encoders(cfg: Config, rows: dataio.Rows, device: torch.device) -> dict[str, moco.Encoder]:
     """What any encoder must beat: itself untrained (its statistics calibrated, else it is weaker than need be), LBP and PCA."""
-    images = list(sample_images(dataio.open_streams(rows, cfg.data, cfg.seed), cfg, REFERENCE_IMAGES))
+    streams = dataio.open_streams(rows, cfg.data, cfg.seed)
+    images = list(sample_images(streams, cfg, moco.REFERENCE_ROWS))
     backbone = build_model(cfg).query.backbone.to(device)
     moco.calibrate_batchnorm(backbone, (dataio.to_float(part.to(device)) for part in images))
-    encode = moco.freeze(backbone, device, cfg.embed.flip)
-    if cfg.embed.whiten == "train":
-        whitening = moco.fit_whitening(torch.cat([encode(dataio.to_float(part.to(device))) for part in images]))
-        encode = moco.freeze(backbone, device, cfg.embed.flip, whitening)
-    return {
-        "untrained": encode, "lbp": moco.fit_lbp(map(dataio.to_float, images)), "pca": moco.fit_pca(map(dataio.to_float, images))
-    }  # fmt: skip
+    whitening = fit_whitening(backbone, streams, cfg, device) if cfg.embed.whiten == "train" else None
+    untrained = moco.freeze(backbone, device, cfg.embed.flip, whitening)
+    lbp, pca = (fit(map(dataio.to_float, images)) for fit in (moco.fit_lbp, moco.fit_pca))
+    return {"untrained": untrained, "lbp": lbp, "pca": pca}
 
 
 def embedded_file(cfg: Config) -> str:
