@@ -369,6 +369,9 @@ class Links(NamedTuple):
 
     partners: Tensor  # int64 [N, neighbours] rows that a row is linked to, those that are none, -1, last
     closure: float  # share of the pairs of partners of one row that are linked themselves; NaN where no row has two
+    least: float = math.inf  # cosine of the worst one
+    right: float = math.nan  # of links that are found alike among validation pictures, the share within one person
+    covered: float = math.nan  # the share of those pictures that are linked
 
     @property
     def count(self) -> int:
@@ -376,7 +379,8 @@ class Links(NamedTuple):
 
     def __str__(self) -> str:
         linked = int((self.partners[:, 0] >= 0).sum())
-        return f"{self.count:,} links of {linked:,} pictures, {self.closure:.2f} of their triangles closed"
+        text = f"{self.count:,} links of {linked:,} pictures, {self.closure:.2f} of their triangles closed"
+        return text + f"; of validation pictures {self.covered:.2f} are linked so, {self.right:.2f} rightly" * (self.covered >= 0)
 
 
 def nearest_rows(vectors: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -402,27 +406,40 @@ def mutual_links(vectors: Tensor, neighbours: int, keep: float, at_least: "Links
     A right link's neighbours are linked themselves, so the closure tells, without labels, how many are right. With `at_least`, as
     many pairs are linked, up to three times those, as close no fewer triangles; None where even as many would close fewer.
     """
-    score, row = nearest_rows(vectors.numpy(), neighbours)
-    mutual = (row[row] == np.arange(len(row))[:, None, None]).any(axis=2)  # [N, neighbours]
-    falling = -np.sort(-score[mutual])  # each pair twice
+    score, row = mutual_neighbours(vectors, neighbours)
+    falling = -np.sort(-score[row >= 0])  # each pair twice
     wanted = [max(1, round(keep * len(falling) / 2))] if at_least is None else [round(at_least.count * f) for f in (3, 2, 1.5, 1)]
     for pairs in wanted:
         least = falling[min(2 * pairs, len(falling)) - 1] if len(falling) else math.inf
-        links = close_triangles(np.where(mutual & (score >= least), row, -1))
+        links = links_above(least, score, row)
         if at_least is None or links.closure >= at_least.closure:
             return links
     return None
 
 
-def close_triangles(partners: np.ndarray) -> Links:
-    """Partners [N, neighbours], -1 for none, as links with their closure."""
-    partners = -np.sort(-partners, axis=1)
+def mutual_neighbours(vectors: Tensor, neighbours: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and row numbers [N, neighbours] of the nearest of each unit row that it is among the nearest of; others are -1."""
+    score, row = nearest_rows(vectors.numpy(), neighbours)
+    return score, np.where((row[row] == np.arange(len(row))[:, None, None]).any(axis=2), row, -1)
+
+
+def links_above(least: float, score: np.ndarray, row: np.ndarray) -> Links:
+    """`mutual_neighbours` of at least that cosine, as links with their closure."""
+    partners = -np.sort(-np.where(score >= least, row, -1), axis=1)
     closed = []
     for a, b in itertools.combinations(range(partners.shape[1]), 2):
         one, other = partners[partners[:, b] >= 0][:, [a, b]].T  # -1 stand last
         closed.append((partners[one] == other[:, None]).any(axis=1))
     closed = np.concatenate(closed)
-    return Links(torch.from_numpy(partners), float(closed.mean()) if len(closed) else math.nan)
+    return Links(torch.from_numpy(partners), float(closed.mean()) if len(closed) else math.nan, float(least))
+
+
+def judge_links(links: Links, vectors: Tensor, person: np.ndarray) -> Links:
+    """The links with a diagnosis: how many of those that are found alike among other unit rows [N, D] join one person [N]."""
+    partners = links_above(links.least, *mutual_neighbours(vectors, links.partners.shape[1])).partners.numpy()
+    one, place = np.nonzero(partners >= 0)
+    right = (person[one] == person[partners[one, place]]).mean() if len(one) else math.nan
+    return links._replace(right=float(right), covered=len(np.unique(one)) / len(partners))
 
 
 # ---- Training: what a step changes, and the step ----
@@ -537,6 +554,14 @@ class Training:
         """By what they were found, and the links."""
         return [*self.links.items()][-1]
 
+    def link_figures(self) -> dict[str, float]:
+        """Of the links in use, for the log; what nobody knows is left out."""
+        if not self.links:
+            return {}
+        links = self.links_in_use[1]
+        known = {name: round(value, 4) for name, value in zip(links._fields[1:], links[1:], strict=True) if math.isfinite(value)}
+        return {"links": links.count} | {f"links_{name}": value for name, value in known.items()}
+
     def compile(self) -> None:
         for encoder in (self.model.query, self.model.key):
             encoder.compile()  # in place: the names in the checkpoint stay
@@ -597,23 +622,33 @@ class Training:
         model.queue_ptr.zero_()
 
     @torch.no_grad()
-    def renew_links(self, pictures: Callable[[], Iterable[Tensor]], rows: int, cfg: PositivesConfig) -> None:
+    def renew_links(
+        self, pictures: Callable[[], Iterable[Tensor]], rows: int, cfg: PositivesConfig,
+        others: Callable[["Encoder"], tuple[Tensor, np.ndarray]] | None = None,
+    ) -> None:  # fmt: skip
         """Link mutual neighbours by LBP and, from the second time on, by the encoder, as soon as it closes as many triangles.
 
         pictures: gives all train pictures, so many rows, as views [n, 3, S, S] without augmentation, each time in the same order.
+        others: gives vectors and people of validation pictures, by which the links are judged; nothing depends on it.
         """
-        if not self.links:
-            encode = fit_lbp(views[:: max(1, rows // REFERENCE_ROWS)] for views in pictures())
-            self.links["lbp"] = mutual_links(torch.cat([encode(views) for views in pictures()]), cfg.neighbours, cfg.keep)
-        else:
-            model = self.model.eval()
+        name, model = "encoder" if self.links else "lbp", self.model.eval()
+
+        def describe(views: Tensor) -> Tensor:
             with self.autocast():
-                vectors = torch.cat([F.normalize(model.query.backbone(views).float()).cpu() for views in pictures()])
-            model.train()
-            vectors = fit_whitening(vectors[:: max(1, rows // WHITEN_ROWS)])(vectors)
-            self.links.pop("encoder", None)
-            if found := mutual_links(vectors, cfg.neighbours, cfg.keep, at_least=self.links["lbp"]):
-                self.links["encoder"] = found
+                return F.normalize(with_mirrored(model.query.backbone, flip=True)(views).float()).cpu()
+
+        if self.links:
+            raw = torch.cat([describe(views) for views in pictures()])
+            whitening = fit_whitening(raw[:: max(1, rows // WHITEN_ROWS)])
+            vectors, encode = whitening(raw), lambda views: whitening(describe(views))
+        else:
+            encode = fit_lbp(views[:: max(1, rows // REFERENCE_ROWS)] for views in pictures())
+            vectors = torch.cat([encode(views) for views in pictures()])
+        found = mutual_links(vectors, cfg.neighbours, cfg.keep, at_least=self.links.get("lbp"))
+        self.links.pop("encoder", None)
+        if found:
+            self.links[name] = judge_links(found, *others(encode)) if others else found
+        model.train()
         log.info("positives by %s: %s", *self.links_in_use)
 
     @torch.no_grad()
@@ -673,7 +708,7 @@ def signs_of_failure(entry: dict, untrained: float, cfg: TrainConfig, warmed_up:
 Encoder = Callable[[Tensor], Tensor]  # views float [n, 3, S, S] in [-1, 1], on its device -> unit rows float32 [n, D] on the CPU
 PCA_SIDE_PX, PCA_COMPONENTS = 32, 128
 FEW_ROWS = 1000  # a whitening of fewer is shrunk harder
-SHRINKAGE, LBP_SHRINKAGE = 0.3, 1.0  # of encoders and of LBP: the best on validation identities of 0.03 to 3
+SHRINKAGE, LBP_SHRINKAGE = 0.01, 1.0  # of encoders and of LBP: the best on validation identities of 0.003 to 3
 
 
 class Whitening(NamedTuple):
@@ -705,12 +740,17 @@ def fit_whitening(vectors: Tensor, shrinkage: float = SHRINKAGE) -> Whitening:
     return Whitening(mean, F.pad(basis, (0, EMBEDDING_DIM - count)))
 
 
+def with_mirrored(describe: Callable[[Tensor], Tensor], flip: bool) -> Callable[[Tensor], Tensor]:
+    """Adds what `describe` says of the mirrored picture, with `flip`."""
+    return (lambda views: describe(views) + describe(views.flip(3))) if flip else describe
+
+
 def freeze(backbone: nn.Module, device: torch.device, flip: bool, whitening: Whitening | None = None) -> Encoder:
     """A backbone as an encoder, in fp32, so that a vector does not depend on its batch; `flip` adds the mirrored picture."""
-    backbone = backbone.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    describe = with_mirrored(backbone.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), flip)
 
     def encode(views: Tensor) -> Tensor:
-        vectors = F.normalize((backbone(views) + (backbone(views.flip(3)) if flip else 0)).float()).cpu()
+        vectors = F.normalize(describe(views).float()).cpu()
         return whitening(vectors) if whitening else vectors
 
     return encode
@@ -738,20 +778,20 @@ def lbp_histograms(views: Tensor) -> Tensor:
     uniform = [byte for byte in range(256) if sum(a != b for a, b in itertools.pairwise([*bits[byte], bits[byte][0]])) <= 2]
     label = torch.full((256,), len(uniform)).index_copy_(0, torch.tensor(uniform), torch.arange(len(uniform)))  # 58: all others
     cell = torch.arange(90) // 10
-    first = (9 * cell[:, None] + cell) * 59  # [90, 90] of the cell's histogram
+    first = (torch.arange(len(grey))[:, None, None] * 81 + 9 * cell[:, None] + cell) * 59  # [n, 90, 90] of the cell's histogram
+    centre = grey[:, 3:93, 3:93] - TIE
 
     def histogram(radius: int) -> Tensor:
-        code = torch.zeros(len(grey), 90, 90, dtype=torch.long)
+        code = torch.zeros(len(grey), 90, 90, dtype=torch.uint8)
         for bit in range(8):
             y, x = 3 - radius * math.sin(math.pi * bit / 4), 3 + radius * math.cos(math.pi * bit / 4)
             top, left = math.floor(y + 1e-9), math.floor(x + 1e-9)  # a whole pixel is one, whatever the rounding of sine
             rows = torch.lerp(grey[:, top : top + 90], grey[:, min(top + 1, 6) :][:, :90], y - top)
             neighbour = torch.lerp(rows[:, :, left : left + 90], rows[:, :, min(left + 1, 6) :][:, :, :90], x - left)
-            code += (neighbour > grey[:, 3:93, 3:93] - TIE).long() << bit
-        place = (first + label[code]).flatten(1)
-        return torch.zeros(len(grey), 81 * 59).scatter_add_(1, place, torch.ones(place.shape))
+            code += (neighbour > centre).to(torch.uint8) << bit
+        return torch.bincount((first + label[code.int()]).flatten(), minlength=len(grey) * 81 * 59).view(len(grey), -1)
 
-    return torch.cat([histogram(radius) for radius in (1, 2, 3)], dim=1).sqrt()
+    return torch.cat([histogram(radius) for radius in (1, 2, 3)], dim=1).float().sqrt()
 
 
 def fit_pca(batches: Iterable[Tensor]) -> Encoder:
@@ -764,10 +804,11 @@ def fit_pca(batches: Iterable[Tensor]) -> Encoder:
     return lambda views: F.normalize((small_grey(views).double() - mean) @ basis).float()
 
 
-def fit_lbp(batches: Iterable[Tensor]) -> Encoder:
+def fit_lbp(batches: Iterable[Tensor], flip: bool = True) -> Encoder:
     """Whitened `lbp_histograms`: what a face descriptor of 2006 tells without any training, fitted to views without labels."""
-    whitening = fit_whitening(torch.cat([lbp_histograms(views) for views in batches]), LBP_SHRINKAGE)
-    return lambda views: whitening(lbp_histograms(views))
+    describe = with_mirrored(lbp_histograms, flip)
+    whitening = fit_whitening(torch.cat([describe(views) for views in batches]), LBP_SHRINKAGE)
+    return lambda views: whitening(describe(views))
 
 
 # ---- Vectors and enrolment ----

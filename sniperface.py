@@ -536,7 +536,7 @@ def draw_training(folder: Path) -> None:
     panels = (
         (("loss", "chance_loss"), "loss [nats]", {}),
         (("pos_sim", "neg_sim", "neg_max"), "cosine", {}),
-        (("instance_top1", "digiface_share"), "share", whole),
+        (("instance_top1", "digiface_share", "links_right", "links_covered"), "share", whole),
         (("spread",), "spread (1 even, 0 collapsed)", whole),
         (("lr",), "learning rate", {}),
         (("monitor_loss", "monitor_untrained"), "monitor loss [nats]", {}),
@@ -544,8 +544,8 @@ def draw_training(folder: Path) -> None:
     with picture(folder / "plots" / "train.png", 2, 3, 4.2, 3.0) as axes:
         for panel, (names, unit, limits) in zip(axes.flat, panels, strict=True):
             for style, name in enumerate(names):
-                there = {line["step"]: line[name] for line in lines if name in line}
-                curve(panel, list(there), list(there.values()), name, style, xlabel="step", ylabel=unit, **limits)
+                if there := {line["step"]: line[name] for line in lines if name in line}:
+                    curve(panel, list(there), list(there.values()), name, style, xlabel="step", ylabel=unit, **limits)
 
 
 def draw_views(images: Tensor, views: tuple[Tensor, Tensor], path: Path) -> None:
@@ -743,12 +743,21 @@ class Run(NamedTuple):
         each, cfg, caches = self.schedule.steps_per_epoch, self.cfg.positives, self.mix.sources
         for first, last in itertools.pairwise([start, *range((start // each + 1) * each, stop, each), stop]):
             if first % (each * cfg.every_epochs) == 0:
-                rows = sum(map(len, caches))
-                self.training.renew_links(lambda: dataio.pictures_in(caches, self.training.device), rows, cfg)
+                rows, others = sum(map(len, caches)), self.describe_validation if self.cfg.split.validation_ratio else None
+                self.training.renew_links(lambda: dataio.pictures_in(caches, self.training.device), rows, cfg, others)
             partners = self.training.links_in_use[1].partners.numpy()
             linked = [dataio.Partners(caches, number, partners, cfg.p) for number in range(len(caches))]
             others = dataio.mix_from_start(linked, self.schedule).batches(first, last, self.training.device, self.cfg.data.workers)
             yield from zip(self.batches(first, last), others, strict=True)
+
+    def describe_validation(self, encode: moco.Encoder) -> tuple[Tensor, np.ndarray]:
+        """Vectors of all validation pictures, and their people: for diagnoses, nothing in training depends on them."""
+        vectors, names = [], []
+        for index in dataio.find_rows(self.cfg.data, self.cfg.split, "val").indices.values():
+            for table, images in dataio.decoded_rows(index, self.cfg.data, self.cfg.embed.batch_size):
+                vectors.append(encode(dataio.to_float(images.to(self.training.device))))
+                names += table["identity_id"].to_pylist()
+        return torch.cat(vectors), np.array(names)
 
     def views(self, images: Tensor, purpose: str, step: int, others: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return dataio.two_views(images, self.cfg.augment, draw(self.cfg.seed, purpose, step), others)
@@ -856,7 +865,7 @@ def step_figures(run: Run, out: moco.StepOutput, grad_norm: Tensor, lr: float, k
         "chance_loss": round(moco.chance_loss(len(run.training.model.queue), cfg.moco.temperature, cfg.moco.margin), 6),
         "queue_ptr": int(run.training.model.queue_ptr), "lr": lr, "key_momentum": key_momentum,
         "grad_norm": round(float(grad_norm), 6) if torch.isfinite(grad_norm) else None,  # a step that fp16 skipped: NaN is no JSON
-        "digiface_share": round(schedule.digiface_share(since, step), 4),
+        "digiface_share": round(schedule.digiface_share(since, step), 4), **run.training.link_figures(),
     }  # fmt: skip
 
 
@@ -1186,7 +1195,7 @@ def reference_encoders(cfg: Config, rows: dataio.Rows, device: torch.device) -> 
     moco.calibrate_batchnorm(backbone, (dataio.to_float(part.to(device)) for part in images))
     whitening = fit_whitening(backbone, streams, cfg, device) if cfg.embed.whiten == "train" else None
     untrained = moco.freeze(backbone, device, cfg.embed.flip, whitening)
-    lbp, pca = (fit(map(dataio.to_float, images)) for fit in (moco.fit_lbp, moco.fit_pca))
+    lbp, pca = moco.fit_lbp(map(dataio.to_float, images), cfg.embed.flip), moco.fit_pca(map(dataio.to_float, images))
     return {"untrained": untrained, "lbp": lbp, "pca": pca}
 
 
@@ -1521,11 +1530,16 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
     metrics["pairs_mean"] = float(np.mean([one["accuracy"] for one in pairs["trained"].values()])) if pairs["trained"] else None
     if metrics["gallery"] <= max(cfg.eval.top_k):
         log.warning("only %d identities are enrolled: Rank-%d is always 1", metrics["gallery"], max(cfg.eval.top_k))
-    measured, data = {"trained": ours}, data._replace(vectors=np.empty((0, 0)))  # the next ones are as large: one at a time
+    measured, leads = {"trained": ours}, {}
+    data = data._replace(vectors=np.empty((0, 0)))  # the next ones are as large: one at a time
     for name in REFERENCES:
         if reference := read_reference(path, name, data):
             measured[name] = moco.measure(reference, cfg.eval, device)
             metrics[name] = measured[name].figures() | {"pair_protocol": pairs.get(name, {})}
+            hits = [one.found.rank == 1 for one in (ours, measured[name])]
+            lead = moco.paired_difference(*hits, ours.people, cfg.eval.seed, cfg.eval.bootstrap)
+            metrics[name] |= moco.as_figures({"rank1_lead": lead})  # of the trained encoder
+            leads[name] = lead
     ranks = {"identity_id": data.names[ours.drawn.probes], "picture": data.keys[ours.drawn.probes], "rank": ours.found.rank}
     ranks = pa.table(ranks)
     with write_whole(files["ranks"]) as temporary:  # ranks beyond this one are not told apart
@@ -1534,6 +1548,9 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
     write_text(files["metrics"], json.dumps(metrics, indent=1))
     table = results_table(metrics, measured, cfg.eval)
     log.info("%s", table)
+    for name, lead in leads.items():  # what needs no training must be beaten
+        if not lead.low > 0:
+            log.warning("the trained encoder is not ahead of %s: Rank-1 %+.3f [%+.3f, %+.3f]", name, *lead)
     with not_vital("pictures of the results"):
         draw_results(files, data, measured, cfg, metrics["gallery"])
     write_report(folder, files, metrics, table, cfg)
