@@ -54,7 +54,7 @@ LANES = 8  # places of the files that are read side by side; fixed, so that the 
 PREFETCH = 4  # batches that are decoded ahead
 READ_AHEAD = 1024  # images whose row groups are requested before they are due
 TASK_IMAGES = 32  # that a thread decodes at a time: some 10 ms
-MARKED_FILES = 16  # of a source, whose first pictures a run notes: one page of each, which may be 20 MB
+MARKED_PICTURES = 64  # of a source, by which a run knows the pictures again in files that were written anew
 CACHE_CHUNK = 4096  # images of a decoded cache that share a checksum
 SPLIT_TABLE = "identity_splits.parquet"
 METADATA_KEY = b"sniperface"  # our entry in the schema metadata of the files we write
@@ -579,30 +579,24 @@ def read_rows(
 
 
 def mark_files(index: RowIndex) -> list[dict]:
-    """The marks of the files, with how each is compressed, and with a checksum of some pictures of MARKED_FILES of them."""
-    marks, file = [mark | {"pictures": None} for mark in index.marks], index.units[index.unit, 0]
-    for mark, path, metadata in zip(marks, index.paths, index.files, strict=True):
-        with naming(path):
-            groups = map(metadata.row_group, range(metadata.num_row_groups))
-            mark["compression"] = " ".join(sorted({g.column(c).compression for g in groups for c in range(g.num_columns)}))
-    for number in range(0, len(marks), -(-len(marks) // MARKED_FILES)):
-        own = np.flatnonzero(file == number)
-        tables = read_rows(index, own[np.unique(np.linspace(0, len(own) - 1, 64).astype(int))] if len(own) else own)
-        marks[number]["pictures"] = digest(*(data.as_py() for table in tables for data in table["image_bytes"]))
+    """The marks of the files, each with a checksum of some pictures: MARKED_PICTURES of all files, of each at least one."""
+    count, file, marks = len(index.marks), index.units[index.unit, 0], []
+    for mark, (start, stop) in zip(index.marks, itertools.pairwise(np.searchsorted(file, np.arange(count + 1))), strict=True):
+        places = np.arange(start, stop, 1 + (stop - start) * count // MARKED_PICTURES)  # whatever the row groups are
+        tables = read_rows(index, places, ["image_bytes"])
+        marks.append(mark | {"pictures": digest(*(data.as_py() for table in tables for data in table["image_bytes"]))})
     return marks
 
 
 def changed_files(saved: list[dict], found: list[dict], plain: bool) -> list[str]:
-    """What of a source's files changed since they were marked, in words; names and compression may, if all rows keep their place.
+    """What of a source's files changed since they were marked, in words; names may, and how they are compressed or written.
 
     plain: they are streamed plainly, in an order that depends on the row groups.
     """
 
     def changes(old: dict, new: dict) -> list[str]:
-        kinds = ["rows", "people", "pictures", *["row groups"] * plain]
-        told = [kind for kind in kinds if old[kind] != new[kind] and None not in (old[kind], new[kind])]
-        stored_anew = old["bytes"] != new["bytes"] and old["compression"] == new["compression"]
-        return told or ["bytes (equally compressed, so maybe other pictures)"] * stored_anew
+        kinds = ["rows", "people", *["pictures"] * (old["bytes"] != new["bytes"]), *["row groups"] * plain]
+        return [kind for kind in kinds if old[kind] != new[kind]]
 
     if len(saved) == len(found) and not any(itertools.starmap(changes, zip(saved, found, strict=True))):
         return []
@@ -998,7 +992,7 @@ def decoded_rows(index: RowIndex, cfg: DataConfig, batch_rows: int) -> Iterator[
 
     def decode(row: int, data: pa.Scalar) -> np.ndarray | None:
         try:
-            return decode_image(data.as_buffer() if data.is_valid else b"", cfg.image_size, cfg.max_image_pixels)
+            return decode_image(data.as_buffer() or b"", cfg.image_size, cfg.max_image_pixels)
         except ValueError as error:
             bad.add(*index.place(row), str(error))
             return None
@@ -1024,17 +1018,21 @@ def decoded_rows(index: RowIndex, cfg: DataConfig, batch_rows: int) -> Iterator[
 
 def image_hash(data: pa.BinaryScalar) -> int:
     """A number that equal bytes share and others do not, by which eval finds pictures that stand in two places."""
-    return int.from_bytes(hashlib.blake2b(data.as_buffer(), digest_size=8).digest(), signed=True)
+    return int.from_bytes(hashlib.blake2b(data.as_buffer() or b"", digest_size=8).digest(), signed=True)
+
+
+def hash_pictures(indices: Iterable[RowIndex], why: str) -> Iterator[int]:
+    """The `image_hash` of each picture, row for row; reads all of them, and says `why` on a bar."""
+    indices = [*indices]
+    with progress(total=sum(map(len, indices)), desc=why, unit="image", leave=False) as bar:
+        for table in itertools.chain.from_iterable(read_rows(index, names=["image_bytes"]) for index in indices):
+            yield from map(image_hash, table["image_bytes"])
+            bar.update(len(table))
 
 
 def count_pictures(rows: Rows, hashes: set[int]) -> int:
     """How many of the pictures, by `image_hash`, stand byte for byte in `rows`, under whatever name; reads all of those."""
-    found = set()
-    with progress(total=len(rows), desc="looking for these pictures in train", unit="image", leave=False) as bar:
-        for table in itertools.chain.from_iterable(map(read_rows, rows.indices.values())):
-            found |= hashes & {image_hash(data) for data in table["image_bytes"] if data.is_valid}
-            bar.update(len(table))
-    return len(found)
+    return len(hashes.intersection(hash_pictures(rows.indices.values(), "looking for these pictures in train")))
 
 
 def read_names(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -1055,7 +1053,7 @@ def sample_pictures(rows: Rows, cfg: DataConfig, count: int = 64) -> dict:
         places = np.unique(np.linspace(0, len(index) - 1, count).astype(int))
         for place, data in zip(places.tolist(), (data for t in read_rows(index, places) for data in t["image_bytes"]), strict=True):
             try:
-                decode_image(data.as_buffer() if data.is_valid else b"", cfg.image_size, cfg.max_image_pixels)
+                decode_image(data.as_buffer() or b"", cfg.image_size, cfg.max_image_pixels)
                 with Image.open(io.BytesIO(data.as_buffer())) as image:
                     for what, kind in (("formats", image.format), ("sizes", f"{image.width} x {image.height}")):
                         found[what][kind] = found[what].get(kind, 0) + 1
@@ -1554,8 +1552,7 @@ class ParquetImageStream(Passes):
             for i in range(len(encoded)):
                 candidate = (place + i) % len(encoded)
                 try:
-                    data = encoded[candidate].as_buffer() if encoded[candidate].is_valid else b""
-                    return decode_image(data, self.image_size, self.max_pixels)
+                    return decode_image(encoded[candidate].as_buffer() or b"", self.image_size, self.max_pixels)
                 except ValueError as error:
                     self.bad.add(*self.index.place(int(self.index.starts[unit]) + candidate), str(error), image)
             unit, place = (unit + 1) % len(self.index.units), 0
@@ -1648,17 +1645,26 @@ def build_cache(stream: ParquetImageStream, part: Path, note_path: Path, shape: 
             bar.update(len(batch))
 
 
+def name_cache(stream: ParquetImageStream, folder: Path) -> str:
+    """The name of a cache by what it is decoded from, so that files which are written anew with the same pictures share it.
+
+    The digest of the pictures, for which all of them are read, is kept in `folder`.
+    """
+    kept = folder / f"{stream.index.fingerprint}.pictures"
+    if not kept.exists():
+        write_text(kept, digest(*hash_pictures([stream.index], f"looking for these pictures in {folder}")))
+    return f"{digest(kept.read_text(), stream.image_size, stream.max_pixels, len(stream))}.u8"
+
+
 def open_cache(stream: ParquetImageStream, folder: Path, workers: int | None) -> np.memmap:
     """The decoded images of `stream` as a read-only map uint8 [N, S, S, 3], made if it is not there, checked by its checksums.
 
     A build that was stopped goes on where it was; of two processes that want the same cache, one builds and the other waits.
     Raises OSError where the disk has no room, ValueError for a damaged cache, or one with too many broken images.
     """
-    size = stream.image_size
-    shape = (len(stream), size, size, 3)
-    name = f"{digest(stream.index.fingerprint, size, stream.max_pixels, len(stream))}.u8"
-    final, part, note_path = folder / name, folder / f"{name}.part", folder / f"{name}.json"
     need_writable(folder)
+    shape, name = (len(stream), stream.image_size, stream.image_size, 3), name_cache(stream, folder)
+    final, part, note_path = folder / name, folder / f"{name}.part", folder / f"{name}.json"
     with locked(folder / f".{name}.lock", wait=True):
         if not final.exists():
             build_cache(stream, part, note_path, shape, workers)

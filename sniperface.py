@@ -465,8 +465,12 @@ def check_same_data(saved: dict, found: dict, tables: list[str], cfg: Config, fo
         raise ValueError(f"{told}; set run={free_run_name(folder)}")
     told = [] if meta["table"] in tables else [f"split table {meta['table']} is {tables[0]} now"]  # it may have grown since
     for source in sorted(meta["files"] | found["files"]):
-        marks = (there["files"].get(source, []) for there in (meta, found))
+        marks = [there["files"].get(source, []) for there in (meta, found)]
         told += [f"{source}: {what}" for what in dataio.changed_files(*marks, cache == "none")]
+        anew = [now["name"] for was, now in zip(*marks, strict=False) if was["bytes"] != now["bytes"]]
+        if anew and not told:
+            what = "rows, people and the sample of pictures are the same, the other pictures are taken to be"
+            log.warning("%s: %d files, such as %s, were written anew: %s", source, len(anew), anew[0], what)
     if told:
         told = "; ".join(told[:6] + ["and so on"] * (len(told) > 6))
         told = f"{folder}: the data is not what the run was started on: {told}"
