@@ -1064,6 +1064,37 @@ def compare_devices(cfg: Config, device: torch.device, views: tuple[Tensor, Tens
     return apart
 
 
+SPEEDUPS = {
+    "decoding": "data.cache=decoded decodes once",
+    "copying": "data.cache=device keeps the pictures in the device's memory",
+    "computing": "try train.compile=true, a smaller backbone",
+}
+DONE_ONCE = {"none": (), "decoded": ("decoding",), "device": ("decoding", "copying")}  # by data.cache
+
+
+def time_loading(run: Run) -> dict[str, float]:
+    """Seconds a picture of reading and decoding, and of copying to the device, each while nothing else goes on."""
+    begun, device, seen = time.perf_counter(), run.training.device, 0
+    with contextlib.closing(run.mix.batches(0, min(CHECK_STEPS, run.schedule.total_steps), "cpu", run.cfg.data.workers)) as batches:
+        for images in batches:
+            seen += len(images)
+            if time.perf_counter() - begun > CHECK_SECONDS / 4:
+                break
+    decoded = time.perf_counter()
+    if device.type != "cpu":
+        images = images.pin_memory() if device.type == "cuda" else images
+        for _ in range(CHECK_STEPS):
+            there = images.to(device, non_blocking=True)
+        int(there[0, 0, 0, 0])  # waits for the device
+    return {"decoding": (decoded - begun) / seen, "copying": (time.perf_counter() - decoded) / (CHECK_STEPS * len(images))}
+
+
+def name_limit(parts: dict[str, float], cache: str) -> str:
+    """Which part of a step takes longest, of those that data.cache leaves to each step, and the setting that shortens it."""
+    slowest = max(parts.keys() - {*DONE_ONCE[cache]}, key=parts.get)
+    return f"{slowest}: {SPEEDUPS[slowest]}"
+
+
 def try_steps(cfg: Config, rows: dataio.Rows, scratch: Path) -> dict:
     """Real steps on the plain stream, a round through the checkpoint, and where there is a GPU its step beside the CPU's."""
     device = moco.pick_device(cfg.device)
@@ -1090,8 +1121,12 @@ def try_steps(cfg: Config, rows: dataio.Rows, scratch: Path) -> dict:
                 break
         loss = float(out.loss.detach())
     figures = timer.lap()
-    compute = figures["images_per_s"] / max(1 - figures["data_wait"], 1e-6)  # as if all data were there
-    through = figures["images_per_s"] if cfg.data.cache == "none" else compute
+    parts, cache = time_loading(run), cfg.data.cache
+    step = (1 - figures["data_wait"]) / figures["images_per_s"]  # with the copying, which it waits for, as if all data were there
+    parts["computing"] = max(step - parts["copying"], 0.0)
+    each = 1 / figures["images_per_s"] if cache == "none" else sum(parts[name] for name in parts.keys() - {*DONE_ONCE[cache]})
+    making = len(rows) * parts["decoding"] if cache != "none" else 0.0
+    hours = (schedule.total_steps * schedule.batch_size * each + making) / 3600
     save_checkpoint(run, None)
     saved = load_checkpoint(scratch / "checkpoints" / "last.pt")["model"]
     if not all(torch.equal(value.cpu(), saved[name]) for name, value in training.model.state_dict().items()):
@@ -1099,14 +1134,14 @@ def try_steps(cfg: Config, rows: dataio.Rows, scratch: Path) -> dict:
     apart = compare_devices(cfg, device, run.views(images, "augment", 0)) if device.type != "cpu" else None
     bytes_each = (scratch / "checkpoints" / "last.pt").stat().st_size
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    waits = figures["data_wait"] > 0.2 and cfg.data.cache == "none"
     return {
-        "pairs_per_s": figures["images_per_s"], "pairs_per_s_without_waiting": round(compute, 1), "data_wait": figures["data_wait"],
-        "loss": loss, "hours": round(schedule.total_steps * schedule.batch_size / through / 3600, 2), "peak_process_gb": peak / 1e9,
+        "pairs_per_s": figures["images_per_s"], "data_wait": figures["data_wait"], "loss": loss,
+        "ms_a_picture": {name: round(1000 * seconds, 4) for name, seconds in parts.items()}, "limit": name_limit(parts, cache),
+        "hours": round(hours, 4), "hours_for_the_cache": round(making / 3600, 4),
+        "peak_process_gb": peak / 1e9,
         "peak_device_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
         "checkpoints_gb": bytes_each * (cfg.train.keep_last + 4) / 1e9, "device_beside_cpu": apart,
         "cache_gb": len(rows) * 3 * cfg.data.image_size**2 / 1e9,
-        "limit": "decoding: data.cache=decoded decodes once" if waits else "computing: try train.compile=true, a smaller backbone",
     }  # fmt: skip
 
 
