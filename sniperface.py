@@ -1229,11 +1229,23 @@ def reference_encoders(cfg: Config, rows: dataio.Rows, device: torch.device) -> 
     return {"untrained": untrained, "lbp": lbp, "pca": pca}
 
 
-def embedded_file(cfg: Config) -> str:
+def embeds_own_side(cfg: Config, folder: Path) -> bool:
+    """Whether embed.test_glob names shards of the run's own side of the split: where split writes them, or moved anywhere."""
+    given, side = cfg.embed.test_glob, cfg.embed.split
+    if not given or Path(os.path.abspath(given)).is_relative_to(os.path.abspath(f"{cfg.split.out_dir}/{side}")):
+        return True
+    tables = {start["table"] for start in read_starts(folder)}
+    try:
+        notes = map(dataio.read_metadata, dataio.find_files(given))
+        return all(note.get("split") == side and note.get("table") in tables for note in notes)
+    except (OSError, ValueError):  # not there any more, but its vectors may be
+        return False
+
+
+def embedded_file(cfg: Config, folder: Path) -> str:
     """Where `embed` writes in the run's folder, by default named after what it embeds; so vectors of other files replace none."""
-    name, given = f"{cfg.embed.split}_embeddings", cfg.embed.test_glob
-    if given and not Path(os.path.abspath(given)).is_relative_to(os.path.abspath(f"{cfg.split.out_dir}/{cfg.embed.split}")):
-        name = short_name(given).removesuffix("_embeddings")
+    own = embeds_own_side(cfg, folder)
+    name = f"{cfg.embed.split}_embeddings" if own else short_name(cfg.embed.test_glob).removesuffix("_embeddings")
     return cfg.embed.out or f"embeddings/{name}.parquet"
 
 
@@ -1291,7 +1303,7 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     train_rows = find_train_rows(cfg, table, asked)
     if train_rows and fits:
         whitening = fit_whitening(model.query.backbone, dataio.open_streams(train_rows, cfg.data, cfg.seed), cfg, device)
-    out = folder / embedded_file(cfg)
+    out = folder / embedded_file(cfg, folder)
     files = {"trained": out} | {name: reference_path(out, name) for name in REFERENCES}
     encoders = {"trained": moco.freeze(model.query.backbone, device, cfg.embed.flip, whitening)}
     if train_rows and cfg.embed.references:
@@ -1339,7 +1351,7 @@ def files_of_evaluation(cfg: Config, folder: Path) -> dict[str, Path]:
     metrics.json, plots/cmc.png, ... belong to the run's own test vectors; metrics_lfw.json, plots/lfw_cmc.png, ... to lfw.parquet;
     of eval.out=other/x.json they are other/x.cmc.png, ...
     """
-    vectors, own = cfg.eval.embeddings or embedded_file(cfg), os.path.abspath(folder / "embeddings/test_embeddings.parquet")
+    vectors, own = cfg.eval.embeddings or embedded_file(cfg, folder), os.path.abspath(folder / "embeddings/test_embeddings.parquet")
     is_own = own in (os.path.abspath(folder / vectors), os.path.abspath(vectors))
     out = cfg.eval.out or ("metrics.json" if is_own else f"metrics_{short_name(vectors)}.json")
     metrics = Path(os.path.abspath(folder / out))
@@ -1543,7 +1555,7 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
     """Measure an embeddings file: figures to metrics.json, a table to the terminal, pictures and report.md to the run's folder."""
     if (folder / "config.yaml").exists():
         cfg = settings_of(read_saved_settings(folder / "config.yaml"), cfg, typed)
-    files, asked_for = files_of_evaluation(cfg, folder), cfg.eval.embeddings or embedded_file(cfg)
+    files, asked_for = files_of_evaluation(cfg, folder), cfg.eval.embeddings or embedded_file(cfg, folder)
     path = next((path for path in (folder / asked_for, Path(asked_for)) if path.is_file()), None)
     if path is None:
         places = f"{folder / asked_for}: no such file, nor {Path(asked_for).absolute()}"
