@@ -157,6 +157,8 @@ def check_together(cfg: Config, typed: Iterable[str]) -> None:
             raise ValueError(f"augment.{name}: low={op.low} must be <= high={op.high}, and > 0 for zoom and aspect")
     if cfg.positives.name != "self" and cfg.data.cache == "none":
         raise ValueError(f"positives={cfg.positives.name}: the linked pictures are taken from a cache; set data.cache=decoded")
+    if cfg.eval.out and not cfg.eval.out.endswith(".json"):  # else x and x.json would share their pictures
+        raise ValueError(f"eval.out={cfg.eval.out}: must end in .json; its pictures are named after it")
     if len(cfg.backbone.layers) != 4:
         raise ValueError(f"backbone.layers={cfg.backbone.layers}: must be four numbers")
 
@@ -1355,11 +1357,10 @@ def files_of_evaluation(cfg: Config, folder: Path) -> dict[str, Path]:
     is_own = own in (os.path.abspath(folder / vectors), os.path.abspath(vectors))
     out = cfg.eval.out or ("metrics.json" if is_own else f"metrics_{short_name(vectors)}.json")
     metrics = Path(os.path.abspath(folder / out))
-    stem = metrics.name.removesuffix(".json")
-    files = {"metrics": metrics, "ranks": metrics.with_name(f"{stem}.ranks.parquet")}  # the rank of each probe
-    pictures = f"{metrics.with_name(stem)}."  # beside a file of any other name, which may be anywhere
-    if metrics.parent == Path(os.path.abspath(folder)) and re.match(r"metrics(_|$)", stem):
-        pictures = f"{folder}/plots/" + f"{stem}_".removeprefix("metrics_")
+    files = {"metrics": metrics, "ranks": metrics.with_suffix(".ranks.parquet")}  # the rank of each probe
+    pictures = f"{metrics.with_suffix('')}."  # beside a file of any other name, which may be anywhere
+    if metrics.parent == Path(os.path.abspath(folder)) and re.match(r"metrics(_|$)", metrics.stem):
+        pictures = f"{folder}/plots/" + f"{metrics.stem}_".removeprefix("metrics_")
     return files | {what: Path(f"{pictures}{what}.png") for what in PICTURES}
 
 
