@@ -884,9 +884,9 @@ TIFF_NOTES = {269, 270, 271, 272, 282, 283, 285, 296, 297, 305, 306, 315, 316, *
 
 
 def without_notes(data: bytes) -> bytes:
-    """A PNG, JPEG, TIFF or AVIF without the notes that its pixels do not need; other bytes as they are."""
-    if data[4:8] == b"ftyp":
-        return data.replace(b"Exif", b"none", 1)  # the kind of an item, named before all pixels
+    """A picture without the notes that its pixels do not need, in the formats where broken ones are in the way."""
+    if kind := {b"ftyp": b"Exif", b"jP  ": b"res "}.get(data[4:8]):  # AVIF, JPEG 2000
+        return data.replace(kind, b"none", 1)  # the kind of an item, named before all pixels
     if order := {b"II*\0": "little", b"MM\0*": "big"}.get(data[:4]):
         at = int.from_bytes(data[4:8], order)  # of the list of tags: how many, 12 bytes each, and where the next list is
         end = at + 2 + 12 * int.from_bytes(data[at : at + 2], order)
@@ -919,6 +919,20 @@ def decode_image(data: bytes | memoryview, size: int, max_pixels: int) -> np.nda
         return decode_whole(bare, size, max_pixels)
 
 
+DEEP = re.compile(r"(RGB.?;16)([BLN])")  # Pillow's layouts of 16 bits a colour, of which it keeps the high bytes
+
+
+def low_bytes(data: bytes | memoryview) -> Image.Image:
+    """A picture of 16 bits a colour by its low bytes: read as if they stood in the other order."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    native = "B" if sys.byteorder == "little" else "L"
+    for n, tile in enumerate(image.tile):
+        layout, *more = (tile.args,) if isinstance(tile.args, str) else tile.args
+        layout = DEEP.sub(lambda found: found[1] + {"B": "L", "L": "B", "N": native}[found[2]], layout)
+        image.tile[n] = tile._replace(args=(layout, *more))
+    return image
+
+
 def decode_whole(data: bytes | memoryview, size: int, max_pixels: int) -> np.ndarray:
     """As `decode_image`, but for metadata that Pillow cannot read past."""
     if not len(data):
@@ -927,7 +941,10 @@ def decode_whole(data: bytes | memoryview, size: int, max_pixels: int) -> np.nda
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than data.max_image_pixels={max_pixels}")
+            deep = any(DEEP.search(str(tile.args)) for tile in image.tile)
             image.load()  # before the metadata, which for some formats stands behind the pixels
+            if deep and not any(highest for _, highest in image.getextrema()[:3]):  # all values are in 0..255
+                image = low_bytes(data)
             turn = None
             with suppress(Exception):  # broken metadata is no fault of the pixels; a TIFF is turned already
                 turn = TURNS.get(image.getexif().get(0x0112))
