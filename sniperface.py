@@ -1163,7 +1163,7 @@ def check(cfg: Config, folder: Path, typed: set[str]) -> None:
             ArithmeticError,
             RuntimeError,
             MemoryError,
-        ) as error:  # torch has RuntimeError for too little memory
+        ) as error:  # torch: RuntimeError for too little memory
             refused.append(f"{name}: {error}")
             return None
 
@@ -1474,23 +1474,22 @@ def measure_benchmarks(path: Path, cfg: Config, folder: Path) -> dict[str, dict[
 
 def pairs_table(metrics: dict, encoders: Iterable[str]) -> list[str]:
     """A line for each pair protocol, and their mean: accuracy by encoder, chance, and TAR at the smallest FAR they support."""
-    names, accuracy = [*metrics["pair_protocol"]], "{accuracy:.4f} +- {standard_error:.4f}".format_map
     by_encoder = {name: (metrics if name == "trained" else metrics[name])["pair_protocol"] for name in encoders}
+    if not (protocols := metrics["pair_protocol"]):
+        return []
     rows = {"Accuracy of pairs": [*by_encoder, "chance", "TAR, trained"]}
-    for name in names:
-        ours = metrics["pair_protocol"][name]
+    for name, ours in protocols.items():
+        found = [its.get(name) for its in by_encoder.values()]
+        cells = ["{accuracy:.4f} +- {standard_error:.4f}".format_map(figures) if figures else "" for figures in found]
         fars = sorted(float(figure[4:]) for figure in ours if figure.startswith("tar@"))[:1]
-        rows[f"{name}, {ours['pairs']}"] = [accuracy(figures[name]) if name in figures else "" for figures in by_encoder.values()]
-        rows[f"{name}, {ours['pairs']}"] += [
-            f"{ours['chance']:.3f}",
-            *(f"{ours[f'tar@{far:g}']:.3f} at FAR {far:g}" for far in fars),
-        ]
-    if len(names) > 1:
-        means = (np.mean([f[name]["accuracy"] for name in names]) if {*names} <= f.keys() else None for f in by_encoder.values())
-        rows["mean"] = ["" if mean is None else f"{mean:.4f}" for mean in means]
+        cells += [f"{ours['chance']:.3f}", *(f"{ours[f'tar@{far:g}']:.3f} at FAR {far:g}" for far in fars)]
+        rows[f"{name}, {ours['pairs']}"] = cells
+    if len(protocols) > 1:
+        means = ([its[name]["accuracy"] for name in protocols if name in its] for its in by_encoder.values())
+        rows["mean"] = [f"{np.mean(each):.4f}" if len(each) == len(protocols) else "" for each in means]
     width = max(map(len, rows)) + 3
     lines = [f"{title:<{width}}" + "".join(f"{cell:<20}" for cell in cells) for title, cells in rows.items()]
-    return [*lines, "judged by the threshold of the other folds; +- is the standard error over the folds", ""] if names else []
+    return [*lines, "judged by the threshold of the other folds; +- is the standard error over the folds", ""]
 
 
 def results_table(metrics: dict, encoders: Iterable[str], cfg: moco.EvalConfig) -> str:
