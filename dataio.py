@@ -220,13 +220,20 @@ COLUMNS = Columns("identity_id", "image_filename", "image_bytes")  # the contrac
 HUGGINGFACE = Columns("label", "image.path", "image.bytes")  # as its `datasets` writes pictures
 
 
+UNREADABLE = (OSError, OverflowError, pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError, StopIteration)
+
+
 @contextmanager
-def naming(place: object) -> Iterator[None]:
-    """Turn what reading a damaged file raises into a ValueError that names its place."""
+def naming(
+    place: object, what: str = "damaged, or no such file", cure: str = "fetch it again or leave it out", errors=UNREADABLE
+) -> Iterator[None]:
+    """Turn the errors that reading a damaged file raises into a ValueError that names its place, what it is, and a cure."""
     try:
         yield
-    except (OSError, OverflowError, pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError, StopIteration) as error:
-        raise ValueError(f"{place}: damaged, or no such file ({first_line(error)}); fetch it again or leave it out") from error
+    except MemoryError:  # not the file's fault
+        raise
+    except errors as error:
+        raise ValueError(f"{place}: {what} ({first_line(error)}); {cure}") from error
 
 
 def open_parquet(path: Path, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
@@ -734,7 +741,9 @@ def find_rows(data: DataConfig, split: SplitConfig, side: str, shards: bool | No
     folders = {source: Path(split.out_dir) / side / source for source in files}
     if shards is not False and all(folder.is_dir() for folder in folders.values()):
         made = {s: next(map(read_metadata, sorted(folder.glob("*.parquet"))), {}) for s, folder in folders.items()}
-        if all((made[s].get("table"), made[s].get("source")) == (splits.hash, index.fingerprint) for s, index in indices.items()):
+        of_table = all(note.get("table") == splits.hash for note in made.values())
+        of_data = all(made[source].get("source") == index.fingerprint for source, index in indices.items())
+        if of_table and (of_data or shards):  # who knows their shards need not know what they were made from
             found = {source: index_shards(folder, splits.hash, side) for source, folder in folders.items()}
             return Rows(found, splits.hashes, True)
         log.warning("%s: materialised from other data or another split; not used", Path(split.out_dir) / side)
@@ -1120,15 +1129,7 @@ class PackConfig:
     out: str | None
 
 
-@contextmanager
-def naming_archive(path: Path) -> Iterator[None]:
-    """Turn what reading a damaged folder or archive raises, of a dozen types, into a ValueError that names it."""
-    try:
-        yield
-    except MemoryError:  # not the archive's fault
-        raise
-    except Exception as error:
-        raise ValueError(f"{path}: cannot be read as a folder, zip or tar ({first_line(error)}); fetch it again") from error
+naming_archive = functools.partial(naming, what="cannot be read as a folder, zip or tar", errors=Exception)  # of a dozen types
 
 
 @functools.lru_cache(maxsize=2)  # the directory of 144,000 entries takes a second to read
@@ -1215,10 +1216,6 @@ def list_pictures(paths: Sequence[Path]) -> tuple[pa.Table, dict[str, list[str]]
     return pa.concat_tables(tables).sort_by([(name, "ascending") for name in order]).select(names[:6]), left_out
 
 
-def shard_table(rows: Sequence[tuple[str, str, bytes]]) -> pa.Table:
-    return pa.table({name: [row[n] for row in rows] for n, name in enumerate(SHARD_SCHEMA.names)}, SHARD_SCHEMA)
-
-
 def read_pictures(
     paths: Sequence[Path], windows: Iterable[pa.Table], counts: dict[str, Counter], cfg: DataConfig, bar: tqdm
 ) -> Iterator[pa.Table]:
@@ -1250,12 +1247,13 @@ def read_pictures(
                 counts["doubled"][printable(place)] += 1
             else:
                 stem, suffix = os.path.splitext(file)
-                kept.append((identity, f"{stem}~{len(others) + 1}{suffix}" if others else file, row["data"]))
+                file = f"{stem}~{len(others) + 1}{suffix}" if others else file
+                kept.append({"identity_id": identity, "image_filename": file, "image_bytes": row["data"]})
                 others.append(row["data"])
                 counts["sizes"][told[1]] += 1
                 counts["modes"][told[2]] += 1
         bar.update(len(rows))
-        yield shard_table(kept)
+        yield pa.Table.from_pylist(kept, SHARD_SCHEMA)
 
 
 def describe_packed(files: Sequence[Path], left_out: dict[str, list[str]]) -> tuple[list[int], str]:
@@ -1411,7 +1409,8 @@ def pack_benchmark(source: str, pair_list: str | None, out: Path, cfg: DataConfi
                 raise ValueError(f"{source}: picture {number} is broken ({told})")
         note = {"pack": digest(out.name, *map(zlib.crc32, pictures), same)}
         keep_others([images], note)
-        write_shard(images, shard_table([(name, name, data) for data, name in names.items()]), note)
+        rows = [{"identity_id": name, "image_filename": name, "image_bytes": data} for data, name in names.items()]
+        write_shard(images, pa.Table.from_pylist(rows, SHARD_SCHEMA), note)
         folds = np.repeat(np.arange(10), [len(part) for part in np.array_split(same, 10)])
         table = {"fold": folds, "same": same}
         table |= {f"image_filename_{side}": [names[data] for data in pictures[n::2]] for n, side in enumerate("ab")}
@@ -1628,11 +1627,10 @@ def read_cache_note(path: Path) -> tuple[list[int], list[list]]:
     """
     if not path.exists():
         return [], []
-    try:
+    cure = "delete it and the files beside it to make them again"
+    with naming(path, "not the checksums of a cache", cure, (ValueError, TypeError, KeyError)):
         note = json.loads(path.read_bytes())
         return [int(number) for number in note["sums"]], [[str(file), int(row), str(why)] for file, row, why in note["broken"]]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: not the checksums of a cache; delete it and the files beside it to make them again") from error
 
 
 def build_cache(stream: ParquetImageStream, part: Path, note_path: Path, shape: tuple[int, ...], workers: int | None) -> None:

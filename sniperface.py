@@ -1157,13 +1157,7 @@ def check(cfg: Config, folder: Path, typed: set[str]) -> None:
     def attempt(name: str, part: Callable) -> object:
         try:
             return part()
-        except (
-            ValueError,
-            OSError,
-            ArithmeticError,
-            RuntimeError,
-            MemoryError,
-        ) as error:  # torch: RuntimeError for too little memory
+        except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError) as error:  # torch raises RuntimeError
             refused.append(f"{name}: {error}")
             return None
 
