@@ -522,7 +522,7 @@ def build_index(globs: str | Sequence[str], allowed_identities: Iterable[str] | 
     file, group, row, place = np.concatenate(parts, axis=1)
     if not len(row):
         raise ValueError(
-            f"{paths[0].parent}: no row of {len(paths)} files has an allowed identity; is split.out_dir of other data?"
+            f"{paths[0].parent}: no row of {len(paths)} files has an allowed identity; is split.out_dir the table of other data?"
         )
     starts = np.flatnonzero((np.diff(file, prepend=-1) != 0) | (np.diff(group, prepend=-1) != 0))  # first row of each unit
     unit = np.repeat(np.arange(len(starts), dtype=np.int32), np.diff(starts, append=len(row)))
@@ -931,6 +931,7 @@ def low_bytes(data: bytes | memoryview) -> Image.Image:
         layout, *more = (tile.args,) if isinstance(tile.args, str) else tile.args
         layout = DEEP.sub(lambda found: found[1] + {"B": "L", "L": "B", "N": native}[found[2]], layout)
         image.tile[n] = tile._replace(args=(layout, *more))
+    image.load()
     return image
 
 
@@ -1236,7 +1237,7 @@ def read_pictures(
             raise data
         return examine(data, cfg)
 
-    for rows, found in map_ahead(look, read_windows(), cfg.workers):
+    def finish(rows: list[dict], found: Iterable[tuple[str, str, str] | ValueError]) -> pa.Table:
         kept, held = [], defaultdict(list)
         for row, told in zip(rows, found, strict=True):
             place, identity, file = f"{paths[row['source']]}: {os.fsdecode(row['name'])}", row["identity"], row["file"]
@@ -1253,7 +1254,9 @@ def read_pictures(
                 counts["sizes"][told[1]] += 1
                 counts["modes"][told[2]] += 1
         bar.update(len(rows))
-        yield pa.Table.from_pylist(kept, SHARD_SCHEMA)
+        return pa.Table.from_pylist(kept, SHARD_SCHEMA)
+
+    yield from itertools.starmap(finish, map_ahead(look, read_windows(), cfg.workers))  # which keeps no window
 
 
 def describe_packed(files: Sequence[Path], left_out: dict[str, list[str]]) -> tuple[list[int], str]:

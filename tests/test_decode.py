@@ -291,13 +291,13 @@ def deep_png(pixels):
 
 
 def deep_tiff(pixels, order, packed):
-    """uint16 [H, W, 3 or 4] as a TIFF of one strip, little (<) or big (>) end first, deflated if `packed`."""
-    (height, width, bands), strip = pixels.shape, pixels.astype(f"{order}u2").tobytes()
+    """uint16 [H, W, 3 or 4] as a TIFF of one strip, upside down, little (<) or big (>) end first, deflated if `packed`."""
+    (height, width, bands), strip = pixels.shape, pixels[::-1, ::-1].astype(f"{order}u2").tobytes()
     strip = zlib.compress(strip) if packed else strip
-    tags = {256: width, 257: height, 258: 8 + len(strip), 259: 8 if packed else 1, 262: 2, 273: 8, 277: bands, 278: height}
+    tags = {256: width, 257: height, 258: 8 + len(strip), 259: 8 if packed else 1, 262: 2, 273: 8, 274: 3, 277: bands, 278: height}
     tags |= {279: len(strip)} | ({338: 2} if bands == 4 else {})
-    kind = lambda tag: (3, bands) if tag == 258 else (3, 1) if tag == 338 else (4, 1)  # noqa: E731
-    ends = {tag: struct.pack(f"{order}H2x" if tag == 338 else f"{order}I", value) for tag, value in tags.items()}
+    kind = lambda tag: (3, bands) if tag == 258 else (3, 1) if tag in (274, 338) else (4, 1)  # noqa: E731
+    ends = {tag: struct.pack(f"{order}H2x" if tag in (274, 338) else f"{order}I", value) for tag, value in tags.items()}
     entries = b"".join(struct.pack(f"{order}HHI", tag, *kind(tag)) + end for tag, end in ends.items())
     head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", 8 + len(strip) + 2 * bands)
     return head + strip + struct.pack(f"{order}{bands}H", *[16] * bands) + struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
