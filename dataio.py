@@ -29,8 +29,8 @@ import threading
 import urllib.parse
 import zipfile
 import zlib
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
@@ -54,7 +54,7 @@ LANES = 8  # places of the files that are read side by side; fixed, so that the 
 PREFETCH = 4  # batches that are decoded ahead
 READ_AHEAD = 1024  # images whose row groups are requested before they are due
 TASK_IMAGES = 32  # that a thread decodes at a time: some 10 ms
-MARKED_FILES = 16  # of a source, whose first pictures a run notes: one page of each, which may be 20 MB
+MARKED_PICTURES = 64  # of a source, by which a run knows the pictures again in files that were written anew
 CACHE_CHUNK = 4096  # images of a decoded cache that share a checksum
 SPLIT_TABLE = "identity_splits.parquet"
 METADATA_KEY = b"sniperface"  # our entry in the schema metadata of the files we write
@@ -139,10 +139,8 @@ def need_space(folder: Path, need_bytes: int, what: str) -> None:
     existing = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
     free = shutil.disk_usage(existing).free
     if free < need_bytes:
-        raise OSError(
-            f"{folder}: {what} needs {need_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; make room "
-            f"or choose another folder"
-        )
+        has = f"needs {need_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free"
+        raise OSError(f"{folder}: {what} {has}; make room or choose another folder")
 
 
 def need_writable(folder: Path) -> None:
@@ -222,13 +220,20 @@ COLUMNS = Columns("identity_id", "image_filename", "image_bytes")  # the contrac
 HUGGINGFACE = Columns("label", "image.path", "image.bytes")  # as its `datasets` writes pictures
 
 
+UNREADABLE = (OSError, OverflowError, pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError, StopIteration)
+
+
 @contextmanager
-def naming(place: object) -> Iterator[None]:
-    """Turn what reading a damaged file raises into a ValueError that names its place."""
+def naming(
+    place: object, what: str = "damaged, or no such file", cure: str = "fetch it again or leave it out", errors=UNREADABLE
+) -> Iterator[None]:
+    """Turn the errors that reading a damaged file raises into a ValueError that names its place, what it is, and a cure."""
     try:
         yield
-    except (OSError, OverflowError, pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError, StopIteration) as error:
-        raise ValueError(f"{place}: damaged, or no such file ({first_line(error)}); fetch it again or leave it out") from error
+    except MemoryError:  # not the file's fault
+        raise
+    except errors as error:
+        raise ValueError(f"{place}: {what} ({first_line(error)}); {cure}") from error
 
 
 def open_parquet(path: Path, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
@@ -427,10 +432,8 @@ def write_identity_splits(
     sides = dict(sorted(assign_splits(ids, train_ratio, seed, validation_ratio, known).items()))
     counts = {side: sum(s == side for s in sides.values()) for side in ("train", "val", "test")}
     if not counts["train"] or not counts["test"]:
-        raise ValueError(
-            f"{len(sides)} identities split into {counts}: both train and test need at least one; give more data "
-            f"or another split.train_ratio"
-        )
+        cure = "both train and test need at least one; give more data or another split.train_ratio"
+        raise ValueError(f"{len(sides)} identities split into {counts}: {cure}")
     need_writable(Path(out_path).parent)
     note = {"seed": seed, "train_ratio": train_ratio, "validation_ratio": validation_ratio, "counts": counts, "extends": [*extends]}
     table = pa.table({"identity_id": list(sides), "split": list(sides.values())})
@@ -579,30 +582,24 @@ def read_rows(
 
 
 def mark_files(index: RowIndex) -> list[dict]:
-    """The marks of the files, with how each is compressed, and with a checksum of some pictures of MARKED_FILES of them."""
-    marks, file = [mark | {"pictures": None} for mark in index.marks], index.units[index.unit, 0]
-    for mark, path, metadata in zip(marks, index.paths, index.files, strict=True):
-        with naming(path):
-            groups = map(metadata.row_group, range(metadata.num_row_groups))
-            mark["compression"] = " ".join(sorted({g.column(c).compression for g in groups for c in range(g.num_columns)}))
-    for number in range(0, len(marks), -(-len(marks) // MARKED_FILES)):
-        own = np.flatnonzero(file == number)
-        tables = read_rows(index, own[np.unique(np.linspace(0, len(own) - 1, 64).astype(int))] if len(own) else own)
-        marks[number]["pictures"] = digest(*(data.as_py() for table in tables for data in table["image_bytes"]))
+    """The marks of the files, each with a checksum of some pictures: MARKED_PICTURES of all files, of each at least one."""
+    count, file, marks = len(index.marks), index.units[index.unit, 0], []
+    for mark, (start, stop) in zip(index.marks, itertools.pairwise(np.searchsorted(file, np.arange(count + 1))), strict=True):
+        places = np.arange(start, stop, 1 + (stop - start) * count // MARKED_PICTURES)  # whatever the row groups are
+        tables = read_rows(index, places, ["image_bytes"])
+        marks.append(mark | {"pictures": digest(*(data.as_py() for table in tables for data in table["image_bytes"]))})
     return marks
 
 
 def changed_files(saved: list[dict], found: list[dict], plain: bool) -> list[str]:
-    """What of a source's files changed since they were marked, in words; names and compression may, if all rows keep their place.
+    """What of a source's files changed since they were marked, in words; names may, and how they are compressed or written.
 
     plain: they are streamed plainly, in an order that depends on the row groups.
     """
 
     def changes(old: dict, new: dict) -> list[str]:
-        kinds = ["rows", "people", "pictures", *["row groups"] * plain]
-        told = [kind for kind in kinds if old[kind] != new[kind] and None not in (old[kind], new[kind])]
-        stored_anew = old["bytes"] != new["bytes"] and old["compression"] == new["compression"]
-        return told or ["bytes (equally compressed, so maybe other pictures)"] * stored_anew
+        kinds = ["rows", "people", *["pictures"] * (old["bytes"] != new["bytes"]), *["row groups"] * plain]
+        return [kind for kind in kinds if old[kind] != new[kind]]
 
     if len(saved) == len(found) and not any(itertools.starmap(changes, zip(saved, found, strict=True))):
         return []
@@ -693,9 +690,7 @@ def find_splits(data: DataConfig, cfg: SplitConfig, extend: bool = False) -> Spl
     splits = read_identity_splits(cfg.table)
     made_with = {key: splits.note.get(key) for key in wanted}
     if made_with != wanted:
-        raise ValueError(
-            f"{cfg.table} was made with {made_with}, asked for is {wanted}; set another split.out_dir, or the same settings"
-        )
+        raise ValueError(f"{cfg.table} was made with {made_with}, asked for is {wanted}; set these, or another split.out_dir")
     known = {identity: side for side, identities in splits.identities.items() for identity in identities}
     new = [identity for identity in found if identity not in known]
     if len(new) == len(found):
@@ -713,9 +708,7 @@ def index_shards(folder: Path, table: str, side: str) -> RowIndex:
     paths = find_files(f"{glob.escape(str(folder))}/*.parquet")
     notes = [read_metadata(path) for path in paths]
     if any((note.get("table"), note.get("split"), note.get("shards")) != (table, side, len(paths)) for note in notes):
-        raise ValueError(
-            f"{folder}: {len(paths)} files, not the {side} shards of split table {table}; delete it and run command=split"
-        )
+        raise ValueError(f"{folder}: {len(paths)} files, not the {side} shards of table {table}; delete it and run command=split")
     return build_index(paths, None)
 
 
@@ -748,7 +741,9 @@ def find_rows(data: DataConfig, split: SplitConfig, side: str, shards: bool | No
     folders = {source: Path(split.out_dir) / side / source for source in files}
     if shards is not False and all(folder.is_dir() for folder in folders.values()):
         made = {s: next(map(read_metadata, sorted(folder.glob("*.parquet"))), {}) for s, folder in folders.items()}
-        if all((made[s].get("table"), made[s].get("source")) == (splits.hash, index.fingerprint) for s, index in indices.items()):
+        of_table = all(note.get("table") == splits.hash for note in made.values())
+        of_data = all(made[source].get("source") == index.fingerprint for source, index in indices.items())
+        if of_table and (of_data or shards):  # who knows their shards need not know what they were made from
             found = {source: index_shards(folder, splits.hash, side) for source, folder in folders.items()}
             return Rows(found, splits.hashes, True)
         log.warning("%s: materialised from other data or another split; not used", Path(split.out_dir) / side)
@@ -809,39 +804,35 @@ def sort_bucket(path: Path, order: np.ndarray, rows: int) -> pa.Table:
 
 def write_side(index: RowIndex, out_dir: Path, names: list[str], note: dict) -> None:
     """Write the shards `names` with `note` into a folder beside `out_dir`, which takes its place when all are there."""
-    part, rows, shuffled = out_dir.with_name(f".{out_dir.name}.part"), len(index), note["split"] == "train"
+    part, rows = out_dir.with_name(f".{out_dir.name}.part"), len(index)
     marker, buckets = part / "note.json", part / "buckets"
     foreign = [p.name for p in out_dir.glob("*") if not re.fullmatch(re.escape(out_dir.name) + r"_\d{5}\.parquet", p.name)]
     if foreign:
         raise ValueError(f"{out_dir}: holds {foreign[:3]}, which is not ours to delete; choose another split.out_dir")
     if not marker.exists() or json.loads(marker.read_text()) != note:  # of another split, or none
         shutil.rmtree(part, ignore_errors=True)
-        need_space(part, (2 if shuffled else 1) * index.image_bytes() * 11 // 10, f"materialising {rows} {note['split']} images")
+        need_space(part, 2 * index.image_bytes() * 11 // 10, f"materialising {rows} {note['split']} images")
         write_text(marker, json.dumps(note))
-    order = np.random.default_rng(draw_seed(0, "materialize", rows)).permutation(rows) if shuffled else np.arange(rows)
+    order = np.arange(rows)
+    if note["split"] == "train":
+        order = np.random.default_rng(draw_seed(0, "materialize", rows)).permutation(rows)
     shard_of = order // note["shard_rows"]
     missing = [n for n, name in enumerate(names) if not (part / name).exists()]
-    wanted = np.flatnonzero(np.isin(shard_of, missing))
-    with progress(total=rows * (1 + shuffled), desc=f"{note['split']}/{out_dir.name}", unit="image") as bar:
-        bar.update(rows - len(wanted))
-        if shuffled:
-            if missing and not buckets.exists():
-                shutil.rmtree(part / "dealing", ignore_errors=True)
-                scatter_rows(index, shard_of, part / "dealing", bar)
-                os.replace(part / "dealing", buckets)
 
-            def write(n: int) -> int:
-                table = sort_bucket(buckets / f"{n:05d}.arrow", order, int((shard_of == n).sum()))
-                write_shard(part / names[n], table, note)
-                return len(table)
+    def write(n: int) -> int:
+        table = sort_bucket(buckets / f"{n:05d}.arrow", order, int((shard_of == n).sum()))
+        write_shard(part / names[n], table, note)
+        return len(table)
 
-            with ThreadPoolExecutor(2) as pool:  # one sorts while the other waits for the disk: 1.26 times as fast
-                for done in pool.map(write, missing):
-                    bar.update(done)
-        else:
-            for n, table in zip(missing, regroup(read_rows(index, wanted), note["shard_rows"]), strict=True):
-                write_shard(part / names[n], table, note)
-                bar.update(len(table))
+    with progress(total=2 * rows, desc=f"{note['split']}/{out_dir.name}", unit="image") as bar:
+        bar.update(int((~np.isin(shard_of, missing)).sum()))
+        if missing and not buckets.exists():
+            shutil.rmtree(part / "dealing", ignore_errors=True)
+            scatter_rows(index, shard_of, part / "dealing", bar)
+            os.replace(part / "dealing", buckets)
+        with ThreadPoolExecutor(2) as pool:  # one sorts while the other waits for the disk: 1.26 times as fast
+            for done in pool.map(write, missing):
+                bar.update(done)
     shutil.rmtree(buckets, ignore_errors=True)
     marker.unlink()
     shutil.rmtree(out_dir, ignore_errors=True)
@@ -882,32 +873,36 @@ MID_GREY = 128  # behind transparent pixels
 PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20  # of a text or profile; Pillow's own limit refuses pictures with long notes
 
 
-NOTES = {  # by how a file begins: length of that, and parts that its pixels do not need, but for a readable EXIF
-    b"\x89PNG": (8, re.compile(rb".{4}(?!tRNS|eXIf)[a-z]", re.DOTALL)),
-    b"\xff\xd8": (2, re.compile(rb"\xff(\xfe|[\xe1-\xed\xef](?!..Exif)|[\xe0\xee].{0,13}$)", re.DOTALL)),  # or it is too short
-}
+NOTES = (  # how a file begins, the length of a part of it by its first 4 bytes, and how parts begin that its pixels do not need
+    (b"\x89PNG\r\n\x1a\n", lambda head: 12 + int.from_bytes(head), re.compile(rb".{4}(?!tRNS|eXIf)[a-z]", re.DOTALL)),
+    (
+        b"\xff\xd8",  # all from the pixels on is one part; some notes are only in the way where they are too short
+        lambda head: 2 + int.from_bytes(head[2:]) if head[1:2] not in b"\xda\xff" else sys.maxsize,
+        re.compile(rb"\xff(\xfe|[\xe1-\xed\xef](?!..Exif)|[\xe0\xee].{0,13}$)", re.DOTALL),
+    ),
+)
 TIFF_NOTES = {269, 270, 271, 272, 282, 283, 285, 296, 297, 305, 306, 315, 316, *range(700, 1 << 16)}  # numbers of tags
 
 
 def without_notes(data: bytes) -> bytes:
-    """A PNG, JPEG, TIFF or AVIF without the notes that its pixels do not need; other bytes as they are."""
-    if data[4:8] == b"ftyp":
-        return data.replace(b"Exif", b"none", 1)  # the kind of an item, named before all pixels
+    """A picture without the notes that its pixels do not need, in the formats where broken ones are in the way."""
+    if kind := {b"ftyp": b"Exif", b"jP  ": b"res "}.get(data[4:8]):  # AVIF, JPEG 2000
+        return data.replace(kind, b"none", 1)  # the kind of an item, named before all pixels
     if order := {b"II*\0": "little", b"MM\0*": "big"}.get(data[:4]):
         at = int.from_bytes(data[4:8], order)  # of the list of tags: how many, 12 bytes each, and where the next list is
         end = at + 2 + 12 * int.from_bytes(data[at : at + 2], order)
         tags = [data[i : i + 12] for i in range(at + 2, end, 12) if int.from_bytes(data[i : i + 2], order) not in TIFF_NOTES]
         short = b"".join([len(tags).to_bytes(2, order), *tags, data[end : end + 4]])
         return data[:at] + short + data[at + len(short) :]
-    size, note = next((told for begins, told in NOTES.items() if data.startswith(begins)), (len(data), None))
-    kept, at, png = [], 0, size == 8
-    while at < len(data):
-        part = data[at : at + size]
-        kept += [part] if note is None or not note.match(part) else []
-        at += size
-        head = data[at : at + 4]
-        size = 12 + int.from_bytes(head) if png else 2 + int.from_bytes(head[2:]) if head[1:2] not in b"\xda\xff" else len(data)
-    return b"".join(kept)
+    for begins, length, note in NOTES:
+        if data.startswith(begins):
+            at, kept = len(begins), [begins]
+            while at < len(data):
+                part = data[at : at + length(data[at : at + 4])]
+                kept += [] if note.match(part) else [part]
+                at += len(part)
+            return b"".join(kept)
+    return data
 
 
 def decode_image(data: bytes | memoryview, size: int, max_pixels: int) -> np.ndarray:
@@ -925,6 +920,21 @@ def decode_image(data: bytes | memoryview, size: int, max_pixels: int) -> np.nda
         return decode_whole(bare, size, max_pixels)
 
 
+DEEP = re.compile(r"(RGB.?;16)([BLN])")  # Pillow's layouts of 16 bits a colour, of which it keeps the high bytes
+
+
+def low_bytes(data: bytes | memoryview) -> Image.Image:
+    """A picture of 16 bits a colour by its low bytes: read as if they stood in the other order."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    native = "B" if sys.byteorder == "little" else "L"
+    for n, tile in enumerate(image.tile):
+        layout, *more = (tile.args,) if isinstance(tile.args, str) else tile.args
+        layout = DEEP.sub(lambda found: found[1] + {"B": "L", "L": "B", "N": native}[found[2]], layout)
+        image.tile[n] = tile._replace(args=(layout, *more))
+    image.load()
+    return image
+
+
 def decode_whole(data: bytes | memoryview, size: int, max_pixels: int) -> np.ndarray:
     """As `decode_image`, but for metadata that Pillow cannot read past."""
     if not len(data):
@@ -933,7 +943,10 @@ def decode_whole(data: bytes | memoryview, size: int, max_pixels: int) -> np.nda
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than data.max_image_pixels={max_pixels}")
+            deep = any(DEEP.search(str(tile.args)) for tile in image.tile)
             image.load()  # before the metadata, which for some formats stands behind the pixels
+            if deep and not any(highest for _, highest in image.getextrema()[:3]):  # all values are in 0..255
+                image = low_bytes(data)
             turn = None
             with suppress(Exception):  # broken metadata is no fault of the pixels; a TIFF is turned already
                 turn = TURNS.get(image.getexif().get(0x0112))
@@ -989,6 +1002,25 @@ class BadImages:
                 )
 
 
+def attempt(function: Callable, *arguments: object) -> object:
+    """What `function` gives, or the ValueError that it raises: for work whose failures are counted by those who asked for it."""
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        return error
+
+
+def map_ahead(function: Callable, parts: Iterable[tuple], workers: int | None) -> Iterator[tuple]:
+    """For each (part, items) the part and an `attempt` at each item, by threads that are two parts ahead of the caller."""
+    ahead: deque[tuple] = deque()
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        for part, items in parts:
+            ahead.append((part, pool.map(functools.partial(attempt, function), items)))
+            if len(ahead) > 2:
+                yield ahead.popleft()
+        yield from ahead
+
+
 def decoded_rows(index: RowIndex, cfg: DataConfig, batch_rows: int) -> Iterator[tuple[pa.Table, Tensor]]:
     """Rows in the order of the files, as `identity_id`, `image_filename`, `image_hash`, and their pictures uint8 [n, 3, S, S].
 
@@ -996,45 +1028,40 @@ def decoded_rows(index: RowIndex, cfg: DataConfig, batch_rows: int) -> Iterator[
     """
     bad, done = BadImages(cfg.max_bad_fraction, len(index), "it is left out"), 0
 
-    def decode(row: int, data: pa.Scalar) -> np.ndarray | None:
-        try:
-            return decode_image(data.as_buffer() if data.is_valid else b"", cfg.image_size, cfg.max_image_pixels)
-        except ValueError as error:
-            bad.add(*index.place(row), str(error))
-            return None
+    def decode(data: pa.Scalar) -> np.ndarray:
+        return decode_image(data.as_buffer() or b"", cfg.image_size, cfg.max_image_pixels)
 
-    def finish(table: pa.Table, pictures: Iterable[np.ndarray | None]) -> tuple[pa.Table, Tensor]:
-        good = {i: picture for i, picture in enumerate(pictures) if picture is not None}
+    parts = ((table, table["image_bytes"]) for table in regroup(read_rows(index), batch_rows))
+    for table, pictures in map_ahead(decode, parts, cfg.workers):
+        good = {}
+        for i, picture in enumerate(pictures):
+            if isinstance(picture, ValueError):
+                bad.add(*index.place(done + i), str(picture))
+            else:
+                good[i] = picture
         stack = np.stack([*good.values()]) if good else np.empty((0, 1, 1, 3), np.uint8)
-        kept = table.take(list(good))
+        kept, done = table.take(list(good)), done + len(table)
         hashes = pa.array(map(image_hash, kept["image_bytes"]), pa.int64())
-        return kept.drop_columns("image_bytes").append_column("image_hash", hashes), torch.from_numpy(stack).permute(0, 3, 1, 2)
-
-    ahead: deque[tuple[pa.Table, Iterable]] = deque()  # decoded by the pool while the caller works
-    with ThreadPoolExecutor(cfg.workers or os.cpu_count()) as pool:
-        for table in regroup(read_rows(index), batch_rows):
-            ahead.append((table, pool.map(decode, range(done, done + len(table)), table["image_bytes"])))
-            done += len(table)
-            if len(ahead) > 3:
-                yield finish(*ahead.popleft())
-                bad.judge(done)
-        yield from itertools.starmap(finish, ahead)
-    bad.judge(done)
+        yield kept.drop_columns("image_bytes").append_column("image_hash", hashes), torch.from_numpy(stack).permute(0, 3, 1, 2)
+        bad.judge(done)
 
 
 def image_hash(data: pa.BinaryScalar) -> int:
     """A number that equal bytes share and others do not, by which eval finds pictures that stand in two places."""
-    return int.from_bytes(hashlib.blake2b(data.as_buffer(), digest_size=8).digest(), signed=True)
+    return int.from_bytes(hashlib.blake2b(data.as_buffer() or b"", digest_size=8).digest(), signed=True)
+
+
+def hash_pictures(indices: Collection[RowIndex], why: str) -> Iterator[int]:
+    """The `image_hash` of each picture, row for row; reads all of them, and says `why` on a bar."""
+    with progress(total=sum(map(len, indices)), desc=why, unit="image", leave=False) as bar:
+        for table in itertools.chain.from_iterable(read_rows(index, names=["image_bytes"]) for index in indices):
+            yield from map(image_hash, table["image_bytes"])
+            bar.update(len(table))
 
 
 def count_pictures(rows: Rows, hashes: set[int]) -> int:
     """How many of the pictures, by `image_hash`, stand byte for byte in `rows`, under whatever name; reads all of those."""
-    found = set()
-    with progress(total=len(rows), desc="looking for these pictures in train", unit="image", leave=False) as bar:
-        for table in itertools.chain.from_iterable(map(read_rows, rows.indices.values())):
-            found |= hashes & {image_hash(data) for data in table["image_bytes"] if data.is_valid}
-            bar.update(len(table))
-    return len(found)
+    return len(hashes.intersection(hash_pictures(rows.indices.values(), "looking for these pictures in train")))
 
 
 def read_names(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -1048,22 +1075,27 @@ def read_names(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.array(names, str), np.array(files, str), np.array(keys, str)
 
 
+def examine(data: bytes | memoryview, cfg: DataConfig) -> tuple[str, str, str]:
+    """Format, size and mode of an encoded picture. Raises ValueError where training would find it broken."""
+    decode_image(data, cfg.image_size, cfg.max_image_pixels)
+    with Image.open(io.BytesIO(without_notes(bytes(data))), formats=FORMATS) as image:
+        return image.format, f"{image.width} x {image.height}", image.mode
+
+
 def sample_pictures(rows: Rows, cfg: DataConfig, count: int = 64) -> dict:
     """What some pictures of each source are, evenly over its rows: formats, sizes, and file, row and reason of broken ones."""
-    found: dict = {"decoded": 0, "formats": {}, "sizes": {}, "broken": []}
+    formats, sizes, broken = Counter(), Counter(), []
     for index in rows.indices.values():
         places = np.unique(np.linspace(0, len(index) - 1, count).astype(int))
-        for place, data in zip(places.tolist(), (data for t in read_rows(index, places) for data in t["image_bytes"]), strict=True):
+        pictures = (data for table in read_rows(index, places, ["image_bytes"]) for data in table["image_bytes"])
+        for place, data in zip(places.tolist(), pictures, strict=True):
             try:
-                decode_image(data.as_buffer() if data.is_valid else b"", cfg.image_size, cfg.max_image_pixels)
-                with Image.open(io.BytesIO(data.as_buffer())) as image:
-                    for what, kind in (("formats", image.format), ("sizes", f"{image.width} x {image.height}")):
-                        found[what][kind] = found[what].get(kind, 0) + 1
-                found["decoded"] += 1
+                kind, size, _ = examine(data.as_buffer() or b"", cfg)
+                formats[kind] += 1
+                sizes[size] += 1
             except ValueError as error:
-                path, row = index.place(place)
-                found["broken"].append(f"{path} row {row}: {error}")
-    return found
+                broken.append("{} row {}: {}".format(*index.place(place), error))
+    return {"decoded": formats.total(), "formats": dict(formats), "sizes": dict(sizes), "broken": broken}
 
 
 def find_pictures(rows: Rows, wanted: set[tuple[str, str, str]], cfg: DataConfig) -> dict[tuple[str, str, str], np.ndarray]:
@@ -1098,15 +1130,7 @@ class PackConfig:
     out: str | None
 
 
-@contextmanager
-def naming_archive(path: Path) -> Iterator[None]:
-    """Turn what reading a damaged folder or archive raises, of a dozen types, into a ValueError that names it."""
-    try:
-        yield
-    except MemoryError:  # not the archive's fault
-        raise
-    except Exception as error:
-        raise ValueError(f"{path}: cannot be read as a folder, zip or tar ({first_line(error)}); fetch it again") from error
+naming_archive = functools.partial(naming, what="cannot be read as a folder, zip or tar", errors=Exception)  # of a dozen types
 
 
 @functools.lru_cache(maxsize=2)  # the directory of 144,000 entries takes a second to read
@@ -1162,6 +1186,11 @@ def why_not_packed(parts: list[str], size: int) -> str:
     return next((reason for reason, applies in reasons.items() if applies), "")
 
 
+def printable(name: str) -> str:
+    """A name of a file without what a terminal or a table cannot hold."""
+    return ascii(name)[1:-1]
+
+
 def list_pictures(paths: Sequence[Path]) -> tuple[pa.Table, dict[str, list[str]]]:
     """The pictures `<identity>/<file>` in folders and archives, at any depth, sorted, numbers in names by their value.
 
@@ -1175,7 +1204,7 @@ def list_pictures(paths: Sequence[Path]) -> tuple[pa.Table, dict[str, list[str]]
         for name, size, place in list_entries(path):
             parts = [part.encode(errors="backslashreplace").decode() for part in re.split(r"[/\\]", name) if part != "."]
             if why := why_not_packed(parts, size):
-                left_out.setdefault(why, []).append(ascii(f"{path}: {name}")[1:-1])
+                left_out.setdefault(why, []).append(printable(f"{path}: {name}"))
                 continue
             by_value = (re.sub(r"\d+", lambda number: number[0].zfill(20), part) for part in parts[-2:])
             rows.append((source, os.fsencode(name), size, place, *parts[-2:], *by_value))
@@ -1188,26 +1217,6 @@ def list_pictures(paths: Sequence[Path]) -> tuple[pa.Table, dict[str, list[str]]
     return pa.concat_tables(tables).sort_by([(name, "ascending") for name in order]).select(names[:6]), left_out
 
 
-def examine(data: bytes | ValueError, cfg: DataConfig) -> tuple[str, str] | ValueError:
-    """Size and mode of an encoded picture, or why training would find it broken."""
-    try:
-        if isinstance(data, ValueError):
-            return data
-        decode_image(data, cfg.image_size, cfg.max_image_pixels)
-        with Image.open(io.BytesIO(without_notes(data)), formats=FORMATS) as image:
-            return f"{image.width} x {image.height}", image.mode
-    except ValueError as error:
-        return error
-
-
-def shard_table(rows: Sequence[tuple[str, str, bytes]]) -> pa.Table:
-    return pa.table({name: [row[n] for row in rows] for n, name in enumerate(SHARD_SCHEMA.names)}, SHARD_SCHEMA)
-
-
-def new_counts() -> dict[str, Counter]:
-    return {what: Counter() for what in ("sizes", "modes", "broken", "doubled")}
-
-
 def read_pictures(
     paths: Sequence[Path], windows: Iterable[pa.Table], counts: dict[str, Counter], cfg: DataConfig, bar: tqdm
 ) -> Iterator[pa.Table]:
@@ -1216,57 +1225,57 @@ def read_pictures(
     Of pictures that share their identity and name, equal bytes are doubled, others get a name of their own.
     """
 
-    def read(source: int, name: bytes, size: int, place: int) -> bytes | ValueError:
-        try:
-            return read_entry(paths[source], os.fsdecode(name), size, place)
-        except ValueError as error:
-            return error
+    def read_windows() -> Iterator[tuple[list[dict], list[bytes | ValueError]]]:
+        for window in windows:
+            rows = window.to_pylist()
+            for row in sorted(rows, key=lambda row: (row["source"], row["place"])):  # as they lie in the archives
+                row["data"] = attempt(read_entry, paths[row["source"]], os.fsdecode(row["name"]), row["size"], row["place"])
+            yield rows, [row["data"] for row in rows]
 
-    def finish(rows: list[tuple], pictures: list, found: Iterable) -> pa.Table:
-        kept, held = [], {}
-        for (source, name, _, _, identity, file), data, told in zip(rows, pictures, found, strict=True):
-            place, others = ascii(f"{paths[source]}: {os.fsdecode(name)}")[1:-1], held.setdefault((identity, file), [])
+    def look(data: bytes | ValueError) -> tuple[str, str, str]:
+        if isinstance(data, ValueError):
+            raise data
+        return examine(data, cfg)
+
+    def finish(rows: list[dict], found: Iterable[tuple[str, str, str] | ValueError]) -> pa.Table:
+        kept, held = [], defaultdict(list)
+        for row, told in zip(rows, found, strict=True):
+            place, identity, file = f"{paths[row['source']]}: {os.fsdecode(row['name'])}", row["identity"], row["file"]
+            others = held[identity, file]
             if isinstance(told, ValueError):
-                counts["broken"][f"{place}: {first_line(told)}"] += 1
-            elif data in others:
-                counts["doubled"][place] += 1
+                counts["broken"][f"{printable(place)}: {first_line(told)}"] += 1
+            elif row["data"] in others:
+                counts["doubled"][printable(place)] += 1
             else:
                 stem, suffix = os.path.splitext(file)
-                kept.append((identity, f"{stem}~{len(others) + 1}{suffix}" if others else file, data))
-                others.append(data)
-                counts["sizes"][told[0]] += 1
-                counts["modes"][told[1]] += 1
+                file = f"{stem}~{len(others) + 1}{suffix}" if others else file
+                kept.append({"identity_id": identity, "image_filename": file, "image_bytes": row["data"]})
+                others.append(row["data"])
+                counts["sizes"][told[1]] += 1
+                counts["modes"][told[2]] += 1
         bar.update(len(rows))
-        return shard_table(kept)
+        return pa.Table.from_pylist(kept, SHARD_SCHEMA)
 
-    ahead: deque[tuple] = deque()  # examined by the pool while the next window is read
-    with ThreadPoolExecutor(cfg.workers or os.cpu_count()) as pool:
-        for window in windows:
-            rows = list(zip(*(column.to_pylist() for column in window.columns), strict=True))
-            pictures: list = [None] * len(rows)
-            for i in sorted(range(len(rows)), key=lambda i: (rows[i][0], rows[i][3])):  # as they lie in the archives
-                pictures[i] = read(*rows[i][:4])
-            ahead.append((rows, pictures, pool.map(functools.partial(examine, cfg=cfg), pictures)))
-            if len(ahead) > 2:
-                yield finish(*ahead.popleft())
-        yield from itertools.starmap(finish, ahead)
+    yield from itertools.starmap(finish, map_ahead(look, read_windows(), cfg.workers))  # which keeps no window
 
 
 def describe_packed(files: Sequence[Path], left_out: dict[str, list[str]]) -> tuple[list[int], str]:
     """Numbers of identities and of images in packed files, and lines that tell more of them."""
-    counts, images = new_counts(), Counter()
+    counts, images = defaultdict(Counter), Counter()
     for path in files:
         metadata, identities, _ = scan_identities(path, stamp(path), COLUMNS)
         images.update(identities.dictionary_decode().to_pylist())
         for what, found in json.loads(metadata.metadata[b"sniperface.packed"]).items():
             counts[what].update(found)
+
+    def some(names: list[str]) -> str:
+        return ", ".join(names[:5] + [f"{len(names) - 5} others"] * (len(names) > 5))
+
     each, size = sorted(images.values()) or [0], sum(path.stat().st_size for path in files) / 1e9
     lines = [f"{len(images)} identities of {each[0]} to {each[-1]} images, {sum(each)} images, {size:.2f} GB in {len(files)} files"]
-    for what in ("sizes", "modes"):
-        common = [f"{kind} ({n})" for kind, n in counts[what].most_common(5)]
-        lines.append(f"{what}: " + ", ".join(common + [f"{len(counts[what]) - 5} others"] * (len(counts[what]) > 5)))
-    for why, names in {"broken": list(counts["broken"]), "doubled": list(counts["doubled"]), **left_out}.items():
-        lines += [f"left out, {why} ({len(names)}): " + ", ".join(names[:5] + ["..."] * (len(names) > 5))] * bool(names)
+    lines += [f"{what}: {some([f'{kind} ({n})' for kind, n in counts[what].most_common()])}" for what in ("sizes", "modes")]
+    left_out = {"broken": list(counts["broken"]), "doubled": list(counts["doubled"]), **left_out}
+    lines += [f"left out, {why} ({len(names)}): {some(names)}" for why, names in left_out.items() if names]
     return [len(images), sum(each)], "\n".join(lines)
 
 
@@ -1275,6 +1284,18 @@ def keep_others(files: Iterable[Path], note: dict) -> None:
     for path in files:
         if path.exists() and read_metadata(path) != note:
             raise ValueError(f"{path}: is there, and not packed from these pictures; delete it or choose another pack.out")
+
+
+def cut_shards(table: pa.Table, one: bool) -> list[list[pa.Table]]:
+    """The rows of `list_pictures` as shards, `one` or of SHARD_WINDOWS windows; equal names of a person are in one window."""
+    again = [pc.equal(table[name].slice(1), table[name].slice(0, len(table) - 1)).to_numpy() for name in ("identity", "file")]
+    again = np.append(False, again[0] & again[1])  # whether a row has the name of the one before
+    sizes, first = table["size"].to_numpy(), np.maximum.accumulate(np.where(again, 0, np.arange(len(table))))
+    window, shards = (np.cumsum(sizes) - sizes)[first] // WINDOW_BYTES, defaultdict(list)
+    starts = np.flatnonzero(np.diff(window, prepend=-1)).tolist()
+    for start, stop in itertools.pairwise([*starts, len(table)]):
+        shards[0 if one else window[start] // SHARD_WINDOWS].append(table.slice(start, stop - start))
+    return list(shards.values())
 
 
 def pack(sources: str | Sequence[str], out: Path, cfg: DataConfig, one_file: bool = False) -> list[Path]:
@@ -1286,34 +1307,31 @@ def pack(sources: str | Sequence[str], out: Path, cfg: DataConfig, one_file: boo
     """
     paths = sorted({*map(Path, find_matches(sources))}, key=lambda path: (path.name, str(path)))
     table, left_out = list_pictures(paths)
-    again = [pc.equal(table[name].slice(1), table[name].slice(0, len(table) - 1)).to_numpy() for name in ("identity", "file")]
-    again = np.append(False, again[0] & again[1])  # whether a row has the name of the one before: a window holds both
-    sizes, first = table["size"].to_numpy(), np.maximum.accumulate(np.where(again, 0, np.arange(len(table))))
-    window = (np.cumsum(sizes) - sizes)[first] // WINDOW_BYTES
-    shard = np.unique(window // SHARD_WINDOWS, return_inverse=True)[1] * (not one_file)
-    files = [out.with_name(f"{out.name}{'' if one_file else f'_{n:03d}'}.parquet") for n in range(shard[-1] + 1)]
+    files = {
+        out.with_name(f"{out.name}{'' if one_file else f'_{n:03d}'}.parquet"): windows
+        for n, windows in enumerate(cut_shards(table, one_file))
+    }
     note = {"pack": digest(cfg.max_image_pixels, *(zlib.crc32(repr(b.to_pydict()).encode()) for b in table.to_batches(10_000)))}
     with locked(out.with_name(f".{out.name}.lock"), wait=True), progress(total=len(table), desc="packing", unit="image") as bar:
         keep_others(files if one_file else sorted(out.parent.glob(f"{glob.escape(out.name)}_[0-9][0-9][0-9]*.parquet")), note)
-        missing = [number for number, path in enumerate(files) if not path.exists()]
-        need_space(out.parent, int(sizes[np.isin(shard, missing)].sum()) * 101 // 100, f"packing {len(table)} pictures")
-        bar.update(int((~np.isin(shard, missing)).sum()))
-        for number in missing:
-            start, stop = np.searchsorted(shard, (number, number + 1)).tolist()
-            ends = [*(start + np.flatnonzero(np.diff(window[start:stop], prepend=-1))).tolist(), stop]
-            windows, counts = (table.slice(a, b - a) for a, b in itertools.pairwise(ends)), new_counts()
-            with shard_writer(files[number], note) as writer:
+        missing = {path: windows for path, windows in files.items() if not path.exists()}
+        sizes = [size for windows in missing.values() for window in windows for size in window["size"].to_pylist()]
+        need_space(out.parent, sum(sizes) * 101 // 100, f"packing {len(table)} pictures")
+        bar.update(len(table) - len(sizes))
+        for path, windows in missing.items():
+            counts = defaultdict(Counter)
+            with shard_writer(path, note) as writer:
                 for part in filter(len, read_pictures(paths, windows, counts, cfg, bar)):
                     writer.write_table(part, row_group_size=1 + len(part) * GROUP_BYTES // max(GROUP_BYTES, part.nbytes))
                 writer.add_key_value_metadata({"sniperface.packed": json.dumps(counts)})
     open_archive.cache_clear()
-    found, told = describe_packed(files, left_out)
-    log.info("%s: %s", files[0] if one_file else f"{out}_*.parquet", told)
+    found, told = describe_packed([*files], left_out)
+    log.info("%s: %s", f"{out}{'' if one_file else '_*'}.parquet", told)
     for name, (pattern, *wanted) in KNOWN_SOURCES.items():
         if found != wanted and any(re.search(pattern, path.name, re.IGNORECASE) for path in (out, *paths)):
             told = "%s has %d identities and %d images, here are %d and %d: %+d and %+d"
             log.warning(told, name, *wanted, *found, found[0] - wanted[0], found[1] - wanted[1])
-    return files
+    return [*files]
 
 
 class Inert:
@@ -1389,16 +1407,16 @@ def pack_benchmark(source: str, pair_list: str | None, out: Path, cfg: DataConfi
         names: dict[bytes, str] = {}
         for data in pictures:  # most stand in two pairs
             names.setdefault(data, f"{out.name}/{len(names):06d}")
-        broken = ((n, told) for n, told in enumerate(examine(data, cfg) for data in pictures) if isinstance(told, ValueError))
-        for n, told in broken:
-            raise ValueError(f"{source}: picture {n} is broken ({told})")
+        for number, data in enumerate(pictures):
+            if isinstance(told := attempt(examine, data, cfg), ValueError):
+                raise ValueError(f"{source}: picture {number} is broken ({told})")
         note = {"pack": digest(out.name, *map(zlib.crc32, pictures), same)}
         keep_others([images], note)
-        write_shard(images, shard_table([(name, name, data) for data, name in names.items()]), note)
+        rows = [{"identity_id": name, "image_filename": name, "image_bytes": data} for data, name in names.items()]
+        write_shard(images, pa.Table.from_pylist(rows, SHARD_SCHEMA), note)
         folds = np.repeat(np.arange(10), [len(part) for part in np.array_split(same, 10)])
-        table = {"fold": folds, "same": same} | {
-            f"image_filename_{s}": [names[d] for d in pictures[n::2]] for n, s in enumerate("ab")
-        }
+        table = {"fold": folds, "same": same}
+        table |= {f"image_filename_{side}": [names[data] for data in pictures[n::2]] for n, side in enumerate("ab")}
     else:
         listed = read_pair_list(Path(pair_list))
         pack(source, out, cfg, one_file=True)
@@ -1554,8 +1572,7 @@ class ParquetImageStream(Passes):
             for i in range(len(encoded)):
                 candidate = (place + i) % len(encoded)
                 try:
-                    data = encoded[candidate].as_buffer() if encoded[candidate].is_valid else b""
-                    return decode_image(data, self.image_size, self.max_pixels)
+                    return decode_image(encoded[candidate].as_buffer() or b"", self.image_size, self.max_pixels)
                 except ValueError as error:
                     self.bad.add(*self.index.place(int(self.index.starts[unit]) + candidate), str(error), image)
             unit, place = (unit + 1) % len(self.index.units), 0
@@ -1613,11 +1630,10 @@ def read_cache_note(path: Path) -> tuple[list[int], list[list]]:
     """
     if not path.exists():
         return [], []
-    try:
+    cure = "delete it and the files beside it to make them again"
+    with naming(path, "not the checksums of a cache", cure, (ValueError, TypeError, KeyError)):
         note = json.loads(path.read_bytes())
         return [int(number) for number in note["sums"]], [[str(file), int(row), str(why)] for file, row, why in note["broken"]]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: not the checksums of a cache; delete it and the files beside it to make them again") from error
 
 
 def build_cache(stream: ParquetImageStream, part: Path, note_path: Path, shape: tuple[int, ...], workers: int | None) -> None:
@@ -1648,25 +1664,32 @@ def build_cache(stream: ParquetImageStream, part: Path, note_path: Path, shape: 
             bar.update(len(batch))
 
 
+def name_cache(stream: ParquetImageStream, folder: Path) -> str:
+    """The name of a cache by what it is decoded from, so that files which are written anew with the same pictures share it.
+
+    The digest of the pictures, for which all of them are read, is kept in `folder`.
+    """
+    kept = folder / f"{stream.index.fingerprint}.pictures"
+    if not kept.exists():
+        write_text(kept, digest(*hash_pictures([stream.index], f"looking for these pictures in {folder}")))
+    return f"{digest(kept.read_text(), stream.image_size, stream.max_pixels, len(stream))}.u8"
+
+
 def open_cache(stream: ParquetImageStream, folder: Path, workers: int | None) -> np.memmap:
     """The decoded images of `stream` as a read-only map uint8 [N, S, S, 3], made if it is not there, checked by its checksums.
 
     A build that was stopped goes on where it was; of two processes that want the same cache, one builds and the other waits.
     Raises OSError where the disk has no room, ValueError for a damaged cache, or one with too many broken images.
     """
-    size = stream.image_size
-    shape = (len(stream), size, size, 3)
-    name = f"{digest(stream.index.fingerprint, size, stream.max_pixels, len(stream))}.u8"
-    final, part, note_path = folder / name, folder / f"{name}.part", folder / f"{name}.json"
     need_writable(folder)
+    shape, name = (len(stream), stream.image_size, stream.image_size, 3), name_cache(stream, folder)
+    final, part, note_path = folder / name, folder / f"{name}.part", folder / f"{name}.json"
     with locked(folder / f".{name}.lock", wait=True):
         if not final.exists():
             build_cache(stream, part, note_path, shape, workers)
             os.replace(part, final)
     if final.stat().st_size != math.prod(shape) or not note_path.exists():
-        raise ValueError(
-            f"{final}: has {final.stat().st_size} bytes instead of {math.prod(shape)}, or its checksums are gone; delete it"
-        )
+        raise ValueError(f"{final}: {final.stat().st_size} bytes instead of {math.prod(shape)}, or no checksums; delete it")
     images, (sums, broken) = np.memmap(final, np.uint8, "r", shape=shape), read_cache_note(note_path)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # crc32 releases the GIL
         starts = range(0, len(images), CACHE_CHUNK)
@@ -1743,10 +1766,8 @@ class Partners(Passes):
             else:
                 out.numpy()[places] = cache.images[rows[places] - start]
 
-        return [
-            pool.submit(copy, cache, self.starts[number], np.flatnonzero(source == number))
-            for number, cache in enumerate(self.caches)
-        ]
+        parts = ((cache, self.starts[number], np.flatnonzero(source == number)) for number, cache in enumerate(self.caches))
+        return [pool.submit(copy, *part) for part in parts]
 
 
 def pictures_in(caches: Sequence[DecodedCache], device: torch.device, batch: int = 256) -> Iterator[Tensor]:
@@ -1760,10 +1781,8 @@ def pictures_in(caches: Sequence[DecodedCache], device: torch.device, batch: int
 def copy_to_device(images: np.ndarray, device: torch.device) -> Tensor:
     """uint8 [N, S, S, 3] in the memory of `device`. Raises ValueError where they would leave too little of it for training."""
     if device.type == "cuda" and images.nbytes > 0.6 * torch.cuda.mem_get_info(device)[0]:
-        gigabytes = images.nbytes / 1e9
-        raise ValueError(
-            f"data.cache=device: {gigabytes:.1f} GB of images do not fit beside the training on {device}; set data.cache=decoded"
-        )
+        told = f"{images.nbytes / 1e9:.1f} GB of images do not fit beside the training on {device}"
+        raise ValueError(f"data.cache=device: {told}; set data.cache=decoded")
     there = torch.empty(images.shape, dtype=torch.uint8, device=device)
     for start in range(0, len(images), CACHE_CHUNK):
         there[start : start + CACHE_CHUNK] = torch.from_numpy(np.array(images[start : start + CACHE_CHUNK]))
@@ -2220,7 +2239,7 @@ def read_vectors(path: Path) -> VectorTable:
     rows, leaked = last_words.get(b"sniperface.rows"), last_words.get(b"sniperface.pictures_in_train")
     if rows and int(rows) != len(names):
         raise ValueError(
-            f"{path}: {len(names)} rows, embed wrote {int(rows)}; was it joined from several? Write it again with command=embed"
+            f"{path}: {len(names)} rows, embed wrote {int(rows)}; joined from several? Write it again with command=embed"
         )
     if not len(names) == len(files) == len(sources):
         raise ValueError(f"{path}: damaged ({len(names)} identities, {len(files)} names); write it again with command=embed")

@@ -157,6 +157,8 @@ def check_together(cfg: Config, typed: Iterable[str]) -> None:
             raise ValueError(f"augment.{name}: low={op.low} must be <= high={op.high}, and > 0 for zoom and aspect")
     if cfg.positives.name != "self" and cfg.data.cache == "none":
         raise ValueError(f"positives={cfg.positives.name}: the linked pictures are taken from a cache; set data.cache=decoded")
+    if cfg.eval.out and not cfg.eval.out.endswith(".json"):  # else x and x.json would share their pictures
+        raise ValueError(f"eval.out={cfg.eval.out}: must end in .json; its pictures are named after it")
     if len(cfg.backbone.layers) != 4:
         raise ValueError(f"backbone.layers={cfg.backbone.layers}: must be four numbers")
 
@@ -465,8 +467,12 @@ def check_same_data(saved: dict, found: dict, tables: list[str], cfg: Config, fo
         raise ValueError(f"{told}; set run={free_run_name(folder)}")
     told = [] if meta["table"] in tables else [f"split table {meta['table']} is {tables[0]} now"]  # it may have grown since
     for source in sorted(meta["files"] | found["files"]):
-        marks = (there["files"].get(source, []) for there in (meta, found))
+        marks = [there["files"].get(source, []) for there in (meta, found)]
         told += [f"{source}: {what}" for what in dataio.changed_files(*marks, cache == "none")]
+        anew = [now["name"] for was, now in zip(*marks, strict=False) if was["bytes"] != now["bytes"]]
+        if anew and not told:
+            what = "rows, people and the sample of pictures are the same, the other pictures are taken to be"
+            log.warning("%s: %d files, such as %s, were written anew: %s", source, len(anew), anew[0], what)
     if told:
         told = "; ".join(told[:6] + ["and so on"] * (len(told) > 6))
         told = f"{folder}: the data is not what the run was started on: {told}"
@@ -1069,6 +1075,37 @@ def compare_devices(cfg: Config, device: torch.device, views: tuple[Tensor, Tens
     return apart
 
 
+SPEEDUPS = {
+    "decoding": "data.cache=decoded decodes once",
+    "copying": "data.cache=device keeps the pictures in the device's memory",
+    "computing": "try train.compile=true, a smaller backbone",
+}
+DONE_ONCE = {"none": (), "decoded": ("decoding",), "device": ("decoding", "copying")}  # by data.cache
+
+
+def time_loading(run: Run) -> dict[str, float]:
+    """Seconds a picture of reading and decoding, and of copying to the device, each while nothing else goes on."""
+    begun, device, seen = time.perf_counter(), run.training.device, 0
+    with contextlib.closing(run.mix.batches(0, min(CHECK_STEPS, run.schedule.total_steps), "cpu", run.cfg.data.workers)) as batches:
+        for images in batches:
+            seen += len(images)
+            if time.perf_counter() - begun > CHECK_SECONDS / 4:
+                break
+    decoded = time.perf_counter()
+    if device.type != "cpu":
+        images = images.pin_memory() if device.type == "cuda" else images
+        for _ in range(CHECK_STEPS):
+            there = images.to(device, non_blocking=True)
+        int(there[0, 0, 0, 0])  # waits for the device
+    return {"decoding": (decoded - begun) / seen, "copying": (time.perf_counter() - decoded) / (CHECK_STEPS * len(images))}
+
+
+def name_limit(parts: dict[str, float], cache: str) -> str:
+    """Which part of a step takes longest, of those that data.cache leaves to each step, and the setting that shortens it."""
+    slowest = max(parts.keys() - {*DONE_ONCE[cache]}, key=parts.get)
+    return f"{slowest}: {SPEEDUPS[slowest]}"
+
+
 def try_steps(cfg: Config, rows: dataio.Rows, scratch: Path) -> dict:
     """Real steps on the plain stream, a round through the checkpoint, and where there is a GPU its step beside the CPU's."""
     device = moco.pick_device(cfg.device)
@@ -1095,8 +1132,12 @@ def try_steps(cfg: Config, rows: dataio.Rows, scratch: Path) -> dict:
                 break
         loss = float(out.loss.detach())
     figures = timer.lap()
-    compute = figures["images_per_s"] / max(1 - figures["data_wait"], 1e-6)  # as if all data were there
-    through = figures["images_per_s"] if cfg.data.cache == "none" else compute
+    parts, cache = time_loading(run), cfg.data.cache
+    step = (1 - figures["data_wait"]) / figures["images_per_s"]  # with the copying, which it waits for, as if all data were there
+    parts["computing"] = max(step - parts["copying"], 0.0)
+    each = 1 / figures["images_per_s"] if cache == "none" else sum(parts[name] for name in parts.keys() - {*DONE_ONCE[cache]})
+    making = len(rows) * parts["decoding"] if cache != "none" else 0.0
+    hours = (schedule.total_steps * schedule.batch_size * each + making) / 3600
     save_checkpoint(run, None)
     saved = load_checkpoint(scratch / "checkpoints" / "last.pt")["model"]
     if not all(torch.equal(value.cpu(), saved[name]) for name, value in training.model.state_dict().items()):
@@ -1104,14 +1145,14 @@ def try_steps(cfg: Config, rows: dataio.Rows, scratch: Path) -> dict:
     apart = compare_devices(cfg, device, run.views(images, "augment", 0)) if device.type != "cpu" else None
     bytes_each = (scratch / "checkpoints" / "last.pt").stat().st_size
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    waits = figures["data_wait"] > 0.2 and cfg.data.cache == "none"
     return {
-        "pairs_per_s": figures["images_per_s"], "pairs_per_s_without_waiting": round(compute, 1), "data_wait": figures["data_wait"],
-        "loss": loss, "hours": round(schedule.total_steps * schedule.batch_size / through / 3600, 2), "peak_process_gb": peak / 1e9,
+        "pairs_per_s": figures["images_per_s"], "data_wait": figures["data_wait"], "loss": loss,
+        "ms_a_picture": {name: round(1000 * seconds, 4) for name, seconds in parts.items()}, "limit": name_limit(parts, cache),
+        "hours": round(hours, 4), "hours_for_the_cache": round(making / 3600, 4),
+        "peak_process_gb": peak / 1e9,
         "peak_device_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
         "checkpoints_gb": bytes_each * (cfg.train.keep_last + 4) / 1e9, "device_beside_cpu": apart,
         "cache_gb": len(rows) * 3 * cfg.data.image_size**2 / 1e9,
-        "limit": "decoding: data.cache=decoded decodes once" if waits else "computing: try train.compile=true, a smaller backbone",
     }  # fmt: skip
 
 
@@ -1125,13 +1166,7 @@ def check(cfg: Config, folder: Path, typed: set[str]) -> None:
     def attempt(name: str, part: Callable) -> object:
         try:
             return part()
-        except (
-            ValueError,
-            OSError,
-            ArithmeticError,
-            RuntimeError,
-            MemoryError,
-        ) as error:  # torch has RuntimeError for too little memory
+        except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError) as error:  # torch raises RuntimeError
             refused.append(f"{name}: {error}")
             return None
 
@@ -1199,11 +1234,23 @@ def reference_encoders(cfg: Config, rows: dataio.Rows, device: torch.device) -> 
     return {"untrained": untrained, "lbp": lbp, "pca": pca}
 
 
-def embedded_file(cfg: Config) -> str:
+def embeds_own_side(cfg: Config, folder: Path) -> bool:
+    """Whether embed.test_glob names shards of the run's own side of the split: where split writes them, or moved anywhere."""
+    given, side = cfg.embed.test_glob, cfg.embed.split
+    if not given or Path(os.path.abspath(given)).is_relative_to(os.path.abspath(f"{cfg.split.out_dir}/{side}")):
+        return True
+    tables = {start["table"] for start in read_starts(folder)}
+    try:
+        notes = map(dataio.read_metadata, dataio.find_files(given))
+        return all(note.get("split") == side and note.get("table") in tables for note in notes)
+    except (OSError, ValueError):  # not there any more, but its vectors may be
+        return False
+
+
+def embedded_file(cfg: Config, folder: Path) -> str:
     """Where `embed` writes in the run's folder, by default named after what it embeds; so vectors of other files replace none."""
-    name, given = f"{cfg.embed.split}_embeddings", cfg.embed.test_glob
-    if given and not Path(os.path.abspath(given)).is_relative_to(os.path.abspath(f"{cfg.split.out_dir}/{cfg.embed.split}")):
-        name = short_name(given).removesuffix("_embeddings")
+    own = embeds_own_side(cfg, folder)
+    name = f"{cfg.embed.split}_embeddings" if own else short_name(cfg.embed.test_glob).removesuffix("_embeddings")
     return cfg.embed.out or f"embeddings/{name}.parquet"
 
 
@@ -1261,7 +1308,7 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     train_rows = find_train_rows(cfg, table, asked)
     if train_rows and fits:
         whitening = fit_whitening(model.query.backbone, dataio.open_streams(train_rows, cfg.data, cfg.seed), cfg, device)
-    out = folder / embedded_file(cfg)
+    out = folder / embedded_file(cfg, folder)
     files = {"trained": out} | {name: reference_path(out, name) for name in REFERENCES}
     encoders = {"trained": moco.freeze(model.query.backbone, device, cfg.embed.flip, whitening)}
     if train_rows and cfg.embed.references:
@@ -1309,15 +1356,14 @@ def files_of_evaluation(cfg: Config, folder: Path) -> dict[str, Path]:
     metrics.json, plots/cmc.png, ... belong to the run's own test vectors; metrics_lfw.json, plots/lfw_cmc.png, ... to lfw.parquet;
     of eval.out=other/x.json they are other/x.cmc.png, ...
     """
-    vectors, own = cfg.eval.embeddings or embedded_file(cfg), os.path.abspath(folder / "embeddings/test_embeddings.parquet")
+    vectors, own = cfg.eval.embeddings or embedded_file(cfg, folder), os.path.abspath(folder / "embeddings/test_embeddings.parquet")
     is_own = own in (os.path.abspath(folder / vectors), os.path.abspath(vectors))
     out = cfg.eval.out or ("metrics.json" if is_own else f"metrics_{short_name(vectors)}.json")
     metrics = Path(os.path.abspath(folder / out))
-    stem = metrics.name.removesuffix(".json")
-    files = {"metrics": metrics, "ranks": metrics.with_name(f"{stem}.ranks.parquet")}  # the rank of each probe
-    pictures = f"{metrics.with_name(stem)}."  # beside a file of any other name, which may be anywhere
-    if metrics.parent == Path(os.path.abspath(folder)) and re.match(r"metrics(_|$)", stem):
-        pictures = f"{folder}/plots/" + f"{stem}_".removeprefix("metrics_")
+    files = {"metrics": metrics, "ranks": metrics.with_suffix(".ranks.parquet")}  # the rank of each probe
+    pictures = f"{metrics.with_suffix('')}."  # beside a file of any other name, which may be anywhere
+    if metrics.parent == Path(os.path.abspath(folder)) and re.match(r"metrics(_|$)", metrics.stem):
+        pictures = f"{folder}/plots/" + f"{metrics.stem}_".removeprefix("metrics_")
     return files | {what: Path(f"{pictures}{what}.png") for what in PICTURES}
 
 
@@ -1431,23 +1477,22 @@ def measure_benchmarks(path: Path, cfg: Config, folder: Path) -> dict[str, dict[
 
 def pairs_table(metrics: dict, encoders: Iterable[str]) -> list[str]:
     """A line for each pair protocol, and their mean: accuracy by encoder, chance, and TAR at the smallest FAR they support."""
-    names, accuracy = [*metrics["pair_protocol"]], "{accuracy:.4f} +- {standard_error:.4f}".format_map
     by_encoder = {name: (metrics if name == "trained" else metrics[name])["pair_protocol"] for name in encoders}
+    if not (protocols := metrics["pair_protocol"]):
+        return []
     rows = {"Accuracy of pairs": [*by_encoder, "chance", "TAR, trained"]}
-    for name in names:
-        ours = metrics["pair_protocol"][name]
+    for name, ours in protocols.items():
+        found = [its.get(name) for its in by_encoder.values()]
+        cells = ["{accuracy:.4f} +- {standard_error:.4f}".format_map(figures) if figures else "" for figures in found]
         fars = sorted(float(figure[4:]) for figure in ours if figure.startswith("tar@"))[:1]
-        rows[f"{name}, {ours['pairs']}"] = [accuracy(figures[name]) if name in figures else "" for figures in by_encoder.values()]
-        rows[f"{name}, {ours['pairs']}"] += [
-            f"{ours['chance']:.3f}",
-            *(f"{ours[f'tar@{far:g}']:.3f} at FAR {far:g}" for far in fars),
-        ]
-    if len(names) > 1:
-        means = (np.mean([f[name]["accuracy"] for name in names]) if {*names} <= f.keys() else None for f in by_encoder.values())
-        rows["mean"] = ["" if mean is None else f"{mean:.4f}" for mean in means]
+        cells += [f"{ours['chance']:.3f}", *(f"{ours[f'tar@{far:g}']:.3f} at FAR {far:g}" for far in fars)]
+        rows[f"{name}, {ours['pairs']}"] = cells
+    if len(protocols) > 1:
+        means = ([its[name]["accuracy"] for name in protocols if name in its] for its in by_encoder.values())
+        rows["mean"] = [f"{np.mean(each):.4f}" if len(each) == len(protocols) else "" for each in means]
     width = max(map(len, rows)) + 3
     lines = [f"{title:<{width}}" + "".join(f"{cell:<20}" for cell in cells) for title, cells in rows.items()]
-    return [*lines, "judged by the threshold of the other folds; +- is the standard error over the folds", ""] if names else []
+    return [*lines, "judged by the threshold of the other folds; +- is the standard error over the folds", ""]
 
 
 def results_table(metrics: dict, encoders: Iterable[str], cfg: moco.EvalConfig) -> str:
@@ -1513,7 +1558,7 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
     """Measure an embeddings file: figures to metrics.json, a table to the terminal, pictures and report.md to the run's folder."""
     if (folder / "config.yaml").exists():
         cfg = settings_of(read_saved_settings(folder / "config.yaml"), cfg, typed)
-    files, asked_for = files_of_evaluation(cfg, folder), cfg.eval.embeddings or embedded_file(cfg)
+    files, asked_for = files_of_evaluation(cfg, folder), cfg.eval.embeddings or embedded_file(cfg, folder)
     path = next((path for path in (folder / asked_for, Path(asked_for)) if path.is_file()), None)
     if path is None:
         places = f"{folder / asked_for}: no such file, nor {Path(asked_for).absolute()}"

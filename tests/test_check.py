@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from conftest import write_rows
 from runs import job, quoted, refusal, rows_of
 
+import dataio
 import moco
 import sniperface
 
@@ -35,6 +37,36 @@ def test_a_sound_run_is_described_and_nothing_else_is_left(data, tmp_path):
     assert steps["checkpoints_gb"] > 0
     assert steps["cache_gb"] > 0
     assert steps["device_beside_cpu"] is None
+    assert steps["ms_a_picture"].keys() == sniperface.SPEEDUPS.keys()
+    assert steps["hours_for_the_cache"] == 0
+
+
+@pytest.mark.parametrize("cache", sniperface.DONE_ONCE)
+def test_the_part_of_a_step_that_takes_longest_is_named_unless_it_is_done_once(cache):
+    for slowest in sniperface.SPEEDUPS:
+        parts = {"decoding": 3.0, "copying": 2.0, "computing": 1.0} | {slowest: 4.0}
+        left = [name for name in parts if name not in sniperface.DONE_ONCE[cache]]
+        told = sniperface.name_limit(parts, cache).split(": ")
+        assert told[0] == (slowest if slowest in left else left[0])
+        assert f"data.cache={cache}" not in told[1]
+
+
+def test_slow_decoding_is_the_limit_and_counts_once_where_there_is_a_cache(data, tmp_path, monkeypatch):
+    original = dataio.decode_image
+    monkeypatch.setattr(dataio, "decode_image", lambda *a: time.sleep(0.02) or original(*a))
+
+    def steps(cache):
+        checked(data, tmp_path, f"data.cache={cache}", "train.epochs=100", "data.workers=1")()
+        return json.loads((tmp_path / "run" / "check.json").read_text())["steps"]
+
+    plain, cached = steps("none"), steps("decoded")
+    assert plain["limit"].startswith("decoding: data.cache=decoded")
+    assert plain["ms_a_picture"]["decoding"] > 20
+    assert cached["limit"].startswith("computing")
+    assert cached["hours"] < plain["hours"] / 2
+    rows = json.loads((tmp_path / "run" / "check.json").read_text())["train"]["rows"]
+    assert cached["hours_for_the_cache"] == pytest.approx(rows * cached["ms_a_picture"]["decoding"] / 3.6e6, abs=1e-4)
+    assert cached["hours"] > cached["hours_for_the_cache"] > 0
 
 
 def spoilt(data, home, change):

@@ -1,8 +1,10 @@
 """Decoding: every kind of picture upright and in its colours, bombs and rubbish refused."""
 
+import functools
 import io
 import itertools
 import random
+import struct
 import zlib
 from collections import Counter
 
@@ -199,6 +201,19 @@ def test_exif_of_an_avif_that_is_no_exif_is_passed_over():
     assert np.abs(decode(data.replace(marks, b"none")).astype(int) - (200, 30, 60)).max() <= 3
 
 
+@pytest.mark.parametrize("content", [b"", b"x", b"\xff" * 40, b"\0\0\0\x08resc", b"\0\0\0\0resd"])
+@pytest.mark.parametrize("kind", [b"res ", b"xml ", b"uuid", b"abcd"])
+def test_a_box_of_a_jpeg_2000_that_is_no_pixels_may_hold_anything(kind, content):
+    need_codec("jpeg2000")
+    data = encode(plain("RGB", (200, 30, 60)), "jpeg2000")
+    at = data.index(b"jp2h") - 4
+    end = at + int.from_bytes(data[at : at + 4])
+    box = (8 + len(content)).to_bytes(4) + kind + content
+    inside = data[:at] + (end - at + len(box)).to_bytes(4) + data[at + 4 : end] + box + data[end:]
+    for broken in (inside, data[:end] + box + data[end:], data + box):
+        assert np.abs(decode(broken).astype(int) - (200, 30, 60)).max() <= 3
+
+
 def test_long_notes_do_not_cost_the_picture():
     notes = PngImagePlugin.PngInfo()
     notes.add_text("parameters", "x" * (2 << 20), zip=True)
@@ -261,6 +276,50 @@ NUMBERS = [
 def test_floats_and_wide_integers_keep_their_brightness(kind, value, expected, compression):
     data = encode(np.full((SIDE, SIDE), value, kind), "tiff", compression=compression)
     assert (decode(data) == expected).all()
+
+
+def chunk(kind, content):
+    return len(content).to_bytes(4) + kind + content + zlib.crc32(kind + content).to_bytes(4)
+
+
+def deep_png(pixels):
+    """uint16 [H, W, 3 or 4] as a PNG, which Pillow does not write."""
+    height, width, bands = pixels.shape
+    head = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[bands], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def deep_tiff(pixels, order, packed):
+    """uint16 [H, W, 3 or 4] as a TIFF of one strip, upside down, little (<) or big (>) end first, deflated if `packed`."""
+    (height, width, bands), strip = pixels.shape, pixels[::-1, ::-1].astype(f"{order}u2").tobytes()
+    strip = zlib.compress(strip) if packed else strip
+    tags = {256: width, 257: height, 258: 8 + len(strip), 259: 8 if packed else 1, 262: 2, 273: 8, 274: 3, 277: bands, 278: height}
+    tags |= {279: len(strip)} | ({338: 2} if bands == 4 else {})
+    kind = lambda tag: (3, bands) if tag == 258 else (3, 1) if tag in (274, 338) else (4, 1)  # noqa: E731
+    ends = {tag: struct.pack(f"{order}H2x" if tag in (274, 338) else f"{order}I", value) for tag, value in tags.items()}
+    entries = b"".join(struct.pack(f"{order}HHI", tag, *kind(tag)) + end for tag, end in ends.items())
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", 8 + len(strip) + 2 * bands)
+    return head + strip + struct.pack(f"{order}{bands}H", *[16] * bands) + struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
+
+
+DEEP = {"png": deep_png, **{f"tiff {o} {p}": functools.partial(deep_tiff, order=o, packed=p) for o in "<>" for p in (False, True)}}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bands", [3, 4])
+@pytest.mark.parametrize("kind", DEEP)
+def test_colours_of_16_bits_in_0_to_255_are_as_they_are_and_others_are_divided_by_257(kind, bands):
+    pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, bands))
+    pixels[..., 3:] = 65535
+    data = DEEP[kind](pixels)
+    assert (decode(data) == pixels[..., :3]).all()
+    with pytest.raises(ValueError, match=r".+"):
+        decode(data[: len(data) // 2])
+    wide = np.minimum(pixels * 257, 65535)
+    assert (decode(DEEP[kind](wide)) == pixels[..., :3]).all()
+    wide[..., :3] = 0
+    assert (decode(DEEP[kind](wide)) == 0).all()
 
 
 @pytest.mark.parametrize(

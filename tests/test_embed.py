@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import write_rows
-from runs import job, quoted, rows_of, settings, state_of, train, words_of
+from runs import SOURCES, job, quoted, rows_of, settings, state_of, train, words_of
 
 import dataio
 import sniperface
@@ -133,10 +133,27 @@ def test_embeddings_of_people_who_were_trained_on_are_not_measured(words, tmp_pa
         ("x/../splits/test/digi*/*", "test_embeddings"),
     ],
 )  # fmt: skip
-def test_vectors_are_named_after_what_is_embedded(pattern, name):
+def test_vectors_are_named_after_what_is_embedded(pattern, name, tmp_path):
     words = (quoted("embed.test_glob", pattern), "split.out_dir=splits")
-    assert sniperface.embedded_file(settings(*words)) == f"embeddings/{name}.parquet"
-    assert sniperface.embedded_file(settings(*words, "embed.out=mine.parquet")) == "mine.parquet"
+    assert sniperface.embedded_file(settings(*words), tmp_path) == f"embeddings/{name}.parquet"
+    assert sniperface.embedded_file(settings(*words, "embed.out=mine.parquet"), tmp_path) == "mine.parquet"
+
+
+@pytest.mark.parametrize(
+    ("split_of", "seed", "name"), [("test", 42, "test_embeddings"), ("train", 42, "mine"), ("test", 7, "mine")]
+)
+def test_own_test_shards_that_were_moved_are_known_by_their_notes(piped, people, tmp_path, split_of, seed, name):
+    globs = [str(people / f"{source}_000.parquet") for source in SOURCES.values()]
+    splits = dataio.write_identity_splits(dataio.collect_unique_identities(globs), tmp_path / "splits.parquet", 0.75, seed)
+    for source, glob in zip(SOURCES, globs, strict=True):
+        dataio.materialize_split(glob, tmp_path / "splits.parquet", tmp_path / "shards" / source, split_of)
+    (tmp_path / "shards").rename(tmp_path / "mine")
+    cfg = settings(*piped[0], f"embed.test_glob={tmp_path}/mine/*/*.parquet")
+    assert (splits.hash == sniperface.read_starts(piped[1])[-1]["table"]) == (seed == 42)
+    assert sniperface.embedded_file(cfg, piped[1]) == f"embeddings/{name}.parquet"
+    assert sniperface.files_of_evaluation(cfg, piped[1])["metrics"].name == (
+        "metrics.json" if name != "mine" else "metrics_mine.json"
+    )
 
 
 def test_vectors_of_other_files_replace_neither_the_runs_own_nor_their_figures(piped, people, tmp_path, no_pictures):

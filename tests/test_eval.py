@@ -302,6 +302,8 @@ def test_no_two_files_of_figures_share_a_picture(tmp_path):
     assert len({path for files in owned for path in files.values()}) == sum(map(len, owned))
     assert sniperface.files_of_evaluation(settings("eval.out=./metrics.json"), tmp_path) == owned[0]
     assert owned[3]["cmc"] == tmp_path / "a" / "x.cmc.png"
+    with pytest.raises(ValueError, match=r"^eval.out=a/x: must end in \.json"):  # it would share those of a/x.json
+        settings("eval.out=a/x")
 
 
 def test_no_table_shows_a_negative_zero():

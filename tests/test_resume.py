@@ -93,13 +93,28 @@ def written_anew(path, new, group, **options):
 
 
 @pytest.mark.parametrize(("cache", "group"), [("none", None), ("decoded", None), ("decoded", 13)])
-def test_a_run_goes_on_to_the_same_bits_when_files_were_renamed_and_compressed_otherwise(words, tmp_path, people, cache, group):
+def test_a_run_goes_on_to_the_same_bits_when_files_were_renamed_and_written_anew(words, tmp_path, people, cache, group, caplog):
     mine = shutil.copytree(people, tmp_path / "data")
     path, new = mine / "digiface1m_000.parquet", mine / "digiface1m_new name=1.parquet"
     more = [f"data.digiface_glob={mine}/digiface*.parquet", f"data.cache={cache}"]
+    rows = pq.ParquetFile(path).metadata.row_group(0).num_rows
+    written_anew(path, path, rows, compression="zstd")
     train(words, tmp_path / "whole", *more)
     train(words, tmp_path / "parts", *more, "train.max_steps=5")
-    written_anew(path, new, group or pq.ParquetFile(path).metadata.row_group(0).num_rows, compression="gzip")
+    written_anew(path, new, group or rows, compression="zstd", compression_level=19)
+    train(words, tmp_path / "parts", *more)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert "digiface: 1 files, such as digiface1m_new name=1.parquet, were written anew: rows, people and" in caplog.text
+
+
+def test_a_run_on_shards_goes_on_when_the_files_that_they_were_made_from_were_written_anew(words, tmp_path, people):
+    mine = shutil.copytree(people, tmp_path / "data")
+    path, more = mine / "digiface1m_000.parquet", [f"data.digiface_glob={mine}/digiface*.parquet"]
+    sniperface.split(settings(*words, *more, "command=split"))
+    train(words, tmp_path / "whole", *more)
+    train(words, tmp_path / "parts", *more, "train.max_steps=5")
+    assert state_of(tmp_path / "parts")["meta"]["shards"]
+    written_anew(path, path, 13, compression="gzip")
     train(words, tmp_path / "parts", *more)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
