@@ -15,6 +15,7 @@ from conftest import write_rows
 from runs import assert_same, bits, job, read_or_refused, refusal, training_result
 
 import dataio
+import moco
 import sniperface
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
