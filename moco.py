@@ -16,10 +16,12 @@ Wang and Isola 2020 (arXiv:2005.10242), RankMe (arXiv:2210.02885).
 import copy
 import hashlib
 import importlib.util
+import itertools
 import json
 import logging
 import math
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -257,9 +259,7 @@ class MoCo(nn.Module):
         shuffle_groups: int = 8, symmetric: bool = False,
     ):  # fmt: skip
         super().__init__()
-        self.query = nn.Sequential()
-        self.query.add_module("backbone", backbone)
-        self.query.add_module("head", head)
+        self.query = nn.Sequential(OrderedDict(backbone=backbone, head=head))
         self.key = copy.deepcopy(self.query).requires_grad_(False)  # a copy: head and statistics included
         self.loss = loss
         self.guard, self.shuffle_groups, self.symmetric = guard, shuffle_groups, symmetric
@@ -354,6 +354,99 @@ def load_weights(model: MoCo, weights: dict[str, Tensor]) -> None:
         raise ValueError(f"the weights of this checkpoint do not fit its own settings: {told}") from error
 
 
+# ---- Positives beyond the same picture ----
+
+EXACT_ROWS = 200_000  # of more rows the nearest are found approximately
+REFERENCE_ROWS, WHITEN_ROWS = 4096, 50_000  # train pictures that LBP and PCA, and a whitening, are fitted on, at most
+
+
+@dataclass
+class PositivesConfig:
+    name: str = field(metadata={"one_of": ("self", "mutual")})
+    p: float = field(metadata={"at_least": 0, "at_most": 1})
+    neighbours: int = field(metadata={"at_least": 2, "at_most": 16})
+    keep: float = field(metadata={"above": 0, "at_most": 1})
+    every_epochs: int = field(metadata={"at_least": 1})
+
+
+class Links(NamedTuple):
+    """Pictures that stand in for each other as positives."""
+
+    partners: Tensor  # int64 [N, neighbours] rows that a row is linked to, those that are none, -1, last
+    closure: float  # share of the pairs of partners of one row that are linked themselves; NaN where no row has two
+    least: float = math.inf  # cosine of the worst one
+    right: float = math.nan  # of links that are found alike among validation pictures, the share within one person
+    covered: float = math.nan  # the share of those pictures that are linked
+
+    @property
+    def count(self) -> int:
+        return int((self.partners >= 0).sum()) // 2
+
+    def __str__(self) -> str:
+        linked = int((self.partners[:, 0] >= 0).sum())
+        text = f"{self.count:,} links of {linked:,} pictures, {self.closure:.2f} of their triangles closed"
+        return text + f"; of validation pictures {self.covered:.2f} are linked so, {self.right:.2f} rightly" * (self.covered >= 0)
+
+
+def nearest_rows(vectors: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and row numbers [N, count] of the rows nearest to each of the unit rows [N, D], itself left out, by FAISS."""
+    import faiss  # see `search`
+
+    if len(vectors) <= EXACT_ROWS:
+        index = faiss.IndexFlatIP(vectors.shape[1])
+    else:
+        index = faiss.index_factory(vectors.shape[1], f"IVF{4 * math.isqrt(len(vectors))},Flat", faiss.METRIC_INNER_PRODUCT)
+        index.nprobe = 64
+        index.train(vectors[:: max(1, len(vectors) // EXACT_ROWS)])
+    index.add(vectors)
+    score, row = index.search(vectors, count + 1)
+    other = row != np.arange(len(row))[:, None]
+    other[other.all(axis=1), -1] = False  # of equal rows another one may stand where itself should
+    return score[other].reshape(-1, count), row[other].reshape(-1, count)
+
+
+def mutual_links(vectors: Tensor, neighbours: int, keep: float, at_least: "Links | None" = None) -> Links | None:
+    """Link unit rows [N, D] each of which is among the other's nearest: the best-scoring share `keep` of such pairs.
+
+    A right link's neighbours are linked themselves, so the closure tells, without labels, how many are right. With `at_least`, as
+    many pairs are linked, up to three times those, as close no fewer triangles; None where even as many would close fewer.
+    """
+    score, row = mutual_neighbours(vectors, neighbours)
+    falling = -np.sort(-score[row >= 0])  # each pair twice
+    wanted = [max(1, round(keep * len(falling) / 2))] if at_least is None else [round(at_least.count * f) for f in (3, 2, 1.5, 1)]
+    for pairs in wanted:
+        least = falling[min(2 * pairs, len(falling)) - 1] if len(falling) else math.inf
+        links = links_above(least, score, row)
+        if at_least is None or links.closure >= at_least.closure:
+            return links
+    return None
+
+
+def mutual_neighbours(vectors: Tensor, neighbours: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and row numbers [N, neighbours] of the nearest of each unit row that it is among the nearest of; others are -1."""
+    score, row = nearest_rows(vectors.numpy(), neighbours)
+    return score, np.where((row[row] == np.arange(len(row))[:, None, None]).any(axis=2), row, -1)
+
+
+def links_above(least: float, score: np.ndarray, row: np.ndarray) -> Links:
+    """`mutual_neighbours` of at least that cosine, as links with their closure."""
+    partners = -np.sort(-np.where(score >= least, row, -1), axis=1)
+    closed = []
+    for a, b in itertools.combinations(range(partners.shape[1]), 2):
+        one, other = partners[partners[:, b] >= 0][:, [a, b]].T  # -1 stand last
+        closed.append((partners[one] == other[:, None]).any(axis=1))
+    closed = np.concatenate(closed)
+    return Links(torch.from_numpy(partners), float(closed.mean()) if len(closed) else math.nan, float(least))
+
+
+def judge_links(links: Links, vectors: Tensor, person: np.ndarray) -> Links:
+    """The links with a diagnosis: how many of those that are found alike among other unit rows [N, D] join one person [N]."""
+    partners = links_above(links.least, *mutual_neighbours(vectors, links.partners.shape[1])).partners.numpy()
+    one, place = np.nonzero(partners >= 0)
+    right = (person[one] == person[partners[one, place]]).mean() if len(one) else math.nan
+    return links._replace(right=float(right), covered=len(np.unique(one)) / len(partners))
+
+
 # ---- Training: what a step changes, and the step ----
 
 
@@ -446,11 +539,12 @@ class Training:
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         self.first_bad_step = torch.tensor(-1, device=device)  # of the loss; set on the device, so that no step waits
         self.monitor: dict[str, float] = {"untrained": math.nan, "last": math.nan, "best": math.inf}
+        self.links: dict[str, Links] = {}  # by what they were found: lbp, encoder; the last one is in use
 
     def state_dict(self) -> dict:
         return {
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-            "step": self.step, "monitor": dict(self.monitor),
+            "step": self.step, "monitor": dict(self.monitor), "links": {name: tuple(links) for name, links in self.links.items()},
         }  # fmt: skip
 
     def load_state_dict(self, state: dict) -> None:
@@ -460,6 +554,20 @@ class Training:
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.monitor = state["step"], dict(state["monitor"])
+        self.links = {name: Links(*links) for name, links in state.get("links", {}).items()}
+
+    @property
+    def links_in_use(self) -> tuple[str, Links]:
+        """By what they were found, and the links."""
+        return [*self.links.items()][-1]
+
+    def link_figures(self) -> dict[str, float]:
+        """Of the links in use, for the log; what nobody knows is left out."""
+        if not self.links:
+            return {}
+        links = self.links_in_use[1]
+        known = {name: round(value, 4) for name, value in zip(links._fields[1:], links[1:], strict=True) if math.isfinite(value)}
+        return {"links": links.count} | {f"links_{name}": value for name, value in known.items()}
 
     def compile(self) -> None:
         for encoder in (self.model.query, self.model.key):
@@ -521,6 +629,37 @@ class Training:
         model.queue_ptr.zero_()
 
     @torch.no_grad()
+    def renew_links(
+        self, pictures: Callable[[], Iterable[Tensor]], rows: int, cfg: PositivesConfig,
+        others: Callable[["Encoder"], Any] | None = None,
+    ) -> None:  # fmt: skip
+        """Link mutual neighbours by LBP and, from the second time on, by the encoder, as soon as it closes as many triangles.
+
+        pictures: gives all train pictures, so many rows, as views [n, 3, S, S] without augmentation, each time in the same order.
+        others: gives `vectors` [n, D] and `names` of validation pictures, by which links are judged; nothing depends on it.
+        """
+        name, model = "encoder" if self.links else "lbp", self.model.eval()
+
+        def describe(views: Tensor) -> Tensor:
+            with self.autocast():
+                return F.normalize(with_mirrored(model.query.backbone, flip=True)(views).float()).cpu()
+
+        if self.links:
+            raw = torch.cat([describe(views) for views in pictures()])
+            whitening = fit_whitening(raw[:: max(1, rows // WHITEN_ROWS)])
+            vectors, encode = whitening(raw), lambda views: whitening(describe(views))
+        else:
+            encode = fit_lbp(views[:: max(1, rows // REFERENCE_ROWS)] for views in pictures())
+            vectors = torch.cat([encode(views) for views in pictures()])
+        found = mutual_links(vectors, cfg.neighbours, cfg.keep, at_least=self.links.get("lbp"))
+        self.links.pop("encoder", None)
+        if found:
+            faces = others and others(encode)
+            self.links[name] = judge_links(found, torch.from_numpy(faces.vectors), faces.names) if faces else found
+        model.train()
+        log.info("positives by %s: %s", *self.links_in_use)
+
+    @torch.no_grad()
     def measure_monitor(self, parts: list[tuple[Tensor, Tensor]]) -> float:
         """A label-free figure that does not saturate: InfoNCE of fixed images under fixed hard views, each against all others.
 
@@ -576,6 +715,42 @@ def signs_of_failure(entry: dict, untrained: float, cfg: TrainConfig, warmed_up:
 
 Encoder = Callable[[Tensor], Tensor]  # views float [n, 3, S, S] in [-1, 1], on its device -> unit rows float32 [n, D]
 PCA_SIDE_PX, PCA_COMPONENTS = 32, 128
+FEW_ROWS = 1000  # a whitening of fewer is shrunk harder
+SHRINKAGE, LBP_SHRINKAGE = 0.01, 1.0  # of encoders and of LBP: the best on validation identities of 0.003 to 3
+
+
+class Whitening(NamedTuple):
+    """Vectors seen from the mean, along their principal directions, each divided by its standard deviation."""
+
+    mean: Tensor  # [D]
+    basis: Tensor  # [D, 512], zeros where there are fewer directions
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """[n, D] -> unit rows float32 [n, 512]"""
+        return F.normalize((vectors - self.mean) @ self.basis)
+
+
+def fit_whitening(vectors: Tensor, shrinkage: float = SHRINKAGE) -> Whitening:
+    """Fit to rows [N, D], without labels. `shrinkage` times the mean variance is added to that of each direction.
+
+    It is what makes little-varying directions count: what a face encoder learns early lies in these.
+    """
+    if len(vectors) < FEW_ROWS:
+        log.warning("a whitening of %d pictures is rough: its directions are shrunk harder", len(vectors))
+        shrinkage *= FEW_ROWS / len(vectors)
+    mean = vectors.mean(0)
+    with torch.random.fork_rng(devices=[]):  # the directions are found by random projections (arXiv:0909.4061)
+        torch.manual_seed(0)
+        count = min(EMBEDDING_DIM, len(vectors), vectors.shape[1])
+        _, scale, directions = torch.pca_lowrank(vectors - mean, count, center=False)
+    variance = scale**2 / len(vectors)
+    basis = directions / (variance + shrinkage * variance.mean()).sqrt().clamp(min=TIE)
+    return Whitening(mean, F.pad(basis, (0, EMBEDDING_DIM - count)))
+
+
+def with_mirrored(describe: Callable[[Tensor], Tensor], flip: bool) -> Callable[[Tensor], Tensor]:
+    """Adds what `describe` says of the mirrored picture, with `flip`."""
+    return (lambda views: describe(views) + describe(views.flip(3))) if flip else describe
 
 
 class FrozenEncoder(nn.Module):
@@ -585,9 +760,11 @@ class FrozenEncoder(nn.Module):
     ValueError. `flip` adds the vector of the mirrored picture.
     """
 
-    def __init__(self, backbone: nn.Module, flip: bool):
+    def __init__(self, backbone: nn.Module, flip: bool, whitening: Whitening | None = None):
         super().__init__()
         self.backbone, self.flip = backbone, flip
+        self.register_buffer("mean", whitening and whitening.mean)
+        self.register_buffer("basis", whitening and whitening.basis)
         self.eval().requires_grad_(False)
 
     def forward(self, pictures: Tensor) -> Tensor:
@@ -596,28 +773,68 @@ class FrozenEncoder(nn.Module):
             found = f"{pictures.dtype} {list(pictures.shape)}".removeprefix("torch.")
             raise ValueError(f"pictures: expected uint8 [n, S, S, 3] or float [n, 3, S, S] in [-1, 1], found {found}")
         views = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1 if decoded else pictures
-        return F.normalize((self.backbone(views) + (self.backbone(views.flip(3)) if self.flip else 0)).float())
+        vectors = F.normalize(with_mirrored(self.backbone, self.flip)(views).float())
+        return vectors if self.mean is None else Whitening(self.mean, self.basis)(vectors)
 
 
-def freeze(backbone: nn.Module, device: torch.device, flip: bool) -> FrozenEncoder:
+def freeze(backbone: nn.Module, device: torch.device, flip: bool, whitening: Whitening | None = None) -> FrozenEncoder:
     """The backbone itself, from now on without gradient, as an encoder on `device`."""
-    return FrozenEncoder(backbone, flip).to(device, memory_format=torch.channels_last)
+    return FrozenEncoder(backbone, flip, whitening).to(device, memory_format=torch.channels_last)
+
+
+def grey_of(views: Tensor) -> Tensor:
+    """Views [n, 3, S, S] -> luma [n, 1, S, S], on the CPU."""
+    return views.cpu().mul(torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+
+
+def small_grey(views: Tensor) -> Tensor:
+    """Views [n, 3, S, S] -> small grey pictures as rows [n, PCA_SIDE_PX^2]."""
+    small = F.interpolate(grey_of(views), size=(PCA_SIDE_PX, PCA_SIDE_PX), mode="bilinear", antialias=True)
+    return small.flatten(1)
+
+
+def lbp_histograms(views: Tensor) -> Tensor:
+    """Square roots of local histograms of uniform binary patterns: views [n, 3, S, S] -> [n, 3 radii * 81 cells * 59] = [n, 14337].
+
+    Local binary patterns of 8 neighbours on circles of 1, 2 and 3 px (Ojala et al. 2002), counted in 9 x 9 cells of 10 px (faces:
+    Ahonen et al. 2006), in the middle 96 x 96 px of a picture of 112 x 112 px; others are resized first.
+    """
+    grey = F.interpolate(grey_of(views), size=(112, 112), mode="bilinear", antialias=True)[:, 0, 8:104, 8:104]  # [n, 96, 96]
+    bits = [[byte >> i & 1 for i in range(8)] for byte in range(256)]
+    uniform = [byte for byte in range(256) if sum(a != b for a, b in itertools.pairwise([*bits[byte], bits[byte][0]])) <= 2]
+    label = torch.full((256,), len(uniform)).index_copy_(0, torch.tensor(uniform), torch.arange(len(uniform)))  # 58: all others
+    cell = torch.arange(90) // 10
+    first = (torch.arange(len(grey))[:, None, None] * 81 + 9 * cell[:, None] + cell) * 59  # [n, 90, 90] of the cell's histogram
+    centre = grey[:, 3:93, 3:93] - TIE
+
+    def histogram(radius: int) -> Tensor:
+        code = torch.zeros(len(grey), 90, 90, dtype=torch.uint8)
+        for bit in range(8):
+            y, x = 3 - radius * math.sin(math.pi * bit / 4), 3 + radius * math.cos(math.pi * bit / 4)
+            top, left = math.floor(y + 1e-9), math.floor(x + 1e-9)  # a whole pixel is one, whatever the rounding of sine
+            rows = torch.lerp(grey[:, top : top + 90], grey[:, min(top + 1, 6) :][:, :90], y - top)
+            neighbour = torch.lerp(rows[:, :, left : left + 90], rows[:, :, min(left + 1, 6) :][:, :, :90], x - left)
+            code += (neighbour > centre).to(torch.uint8) << bit
+        return torch.bincount((first + label[code.int()]).flatten(), minlength=len(grey) * 81 * 59).view(len(grey), -1)
+
+    return torch.cat([histogram(radius) for radius in (1, 2, 3)], dim=1).float().sqrt()
 
 
 def fit_pca(batches: Iterable[Tensor]) -> Encoder:
     """Whitened principal components of small grey pictures, fitted to views without labels (eigenfaces, Turk and Pentland 1991)."""
-
-    def small_grey(views: Tensor) -> Tensor:
-        grey = views.cpu().mul(torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
-        small = F.interpolate(grey, size=(PCA_SIDE_PX, PCA_SIDE_PX), mode="bilinear", antialias=True)
-        return small.flatten(1).double()  # [n, side^2]
-
-    fitted = torch.cat([small_grey(views) for views in batches])
+    fitted = torch.cat([small_grey(views) for views in batches]).double()
     mean = fitted.mean(0)
     values, vectors = torch.linalg.eigh((fitted - mean).T @ (fitted - mean) / len(fitted))
     count = min(PCA_COMPONENTS, len(fitted) - 1)
     basis = vectors[:, -count:] / values[-count:].clamp(min=1e-9).sqrt()  # [side^2, count]
-    return lambda views: F.normalize((small_grey(views) - mean) @ basis).float()
+    return lambda views: F.normalize((small_grey(views).double() - mean) @ basis).float()
+
+
+def fit_lbp(batches: Iterable[Tensor], flip: bool = True) -> Encoder:
+    """Whitened `lbp_histograms`: what a face descriptor of 2006 tells without any training, fitted to views without labels."""
+    describe = with_mirrored(lbp_histograms, flip)
+    whitening = fit_whitening(torch.cat([describe(views) for views in batches]), LBP_SHRINKAGE)
+    return lambda views: whitening(describe(views))
 
 
 # ---- Encoders in files: ours, the public ones, and out to others ----
@@ -662,6 +879,7 @@ class Weights(NamedTuple):
     backbone: dict[str, Tensor]  # by the names of the public ArcFace iResNets, which are those of `IResNet`
     config: BackboneConfig  # as the file notes it, else as names and shapes tell
     flip: bool
+    whitening: Whitening | None
     state: dict  # all that a checkpoint of ours holds; empty for other files
 
 
@@ -704,13 +922,15 @@ def read_weights(path: str | Path) -> Weights:
                 check_seal(path)
                 settings = state["config"] | state["config"]["embed"]
         tensors = tensors_in(state)
+        white = [tensors.pop(f"whitening.{name}", None) for name in Whitening._fields]
+        whitening = None if None in white else Whitening(*white)
         last = next((name for name in tensors if name.endswith("features.weight")), None)
         if last is None:
             raise ValueError("holds no weights of an iResNet (conv1, bn1, prelu, layer1.0.bn1, ..., bn2, fc, features)")
         prefix = last.removesuffix("features.weight")
         backbone = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         config = BackboneConfig(**settings["backbone"]) if settings else tell_backbone(backbone)
-        return Weights(backbone, config, bool(settings.get("flip")), state if "config" in state else {})
+        return Weights(backbone, config, bool(settings.get("flip")), whitening, state if "config" in state else {})
     except FileNotFoundError:
         raise
     except Exception as error:  # zipfile, pickle, torch and safetensors raise a dozen types for damaged files
@@ -742,7 +962,7 @@ def load_encoder(path: str | Path, flip: bool | None = None) -> FrozenEncoder:
     """The frozen encoder of a file that `read_weights` reads, on the CPU; `flip` as the file says unless given."""
     weights = read_weights(path)
     backbone = put_weights(build_backbone(weights.config), weights, path)
-    return freeze(backbone, torch.device("cpu"), weights.flip if flip is None else flip)
+    return freeze(backbone, torch.device("cpu"), weights.flip if flip is None else flip, weights.whitening)
 
 
 def public_weights(encoder: FrozenEncoder) -> dict[str, Tensor]:
@@ -754,7 +974,8 @@ def save_safetensors(encoder: FrozenEncoder, path: Path, note: dict[str, str]) -
     """Write tensors and a note, from which `load_encoder` makes the same encoder."""
     from safetensors.torch import save_file
 
-    save_file(public_weights(encoder), path, metadata=note)
+    white = {} if encoder.mean is None else {"whitening.mean": encoder.mean, "whitening.basis": encoder.basis}
+    save_file(public_weights(encoder) | {name: value.cpu().contiguous() for name, value in white.items()}, path, metadata=note)
 
 
 def save_onnx(encoder: FrozenEncoder, path: Path, pictures: Tensor, note: dict[str, str]) -> float:
@@ -1238,7 +1459,7 @@ class EvalConfig:
     open_set_share: float = field(metadata={"at_least": 0, "below": 1})
     fpirs: list[float] = field(metadata={"above": 0, "at_most": 1})
     fars: list[float] = field(metadata={"above": 0, "at_most": 1})
-    pairs: str | None
+    pairs: list[str]
     seed: int = field(metadata={"at_least": 0})
     top_k: list[int] = field(metadata={"at_least": 1, "at_most": 1000})
     bootstrap: int = field(metadata={"at_least": 100})

@@ -1,6 +1,6 @@
 """SniperFace: train a face encoder without labels, export its vectors, measure it on identities it has never seen.
 
-    uv run python sniperface.py [command=split|check|train|embed|eval|all|report|export] [overrides]
+    uv run python sniperface.py [command=pack|split|check|train|embed|eval|all|report|export] [overrides]
 
 Each command below reads from top to bottom; what it decodes, builds or computes is in dataio.py and moco.py. Settings and what each
 one means: conf/config.yaml. Everything a run makes is in runs/<run>/.
@@ -8,13 +8,13 @@ one means: conf/config.yaml. Everything a run makes is in runs/<run>/.
 
 import contextlib
 import copy
-import ctypes
 import dataclasses
 import functools
 import gc
 import glob
 import importlib.metadata
 import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -36,7 +36,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import hydra
 import numpy as np
@@ -44,6 +44,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
@@ -72,6 +73,7 @@ class EmbedConfig:
     test_glob: str | None
     batch_size: int = field(metadata={"at_least": 1})
     flip: bool
+    whiten: str = field(metadata={"one_of": ("train", "none")})
     references: bool
     leak_check: bool
     out: str | None
@@ -92,17 +94,19 @@ class ExportConfig:
 
 @dataclass
 class Config:
-    command: str = field(metadata={"one_of": ("split", "check", "train", "embed", "eval", "all", "report", "export")})
+    command: str = field(metadata={"one_of": ("pack", "split", "check", "train", "embed", "eval", "all", "report", "export")})
     run: str
     run_dir: str
     seed: int = field(metadata={"at_least": 0})
     device: str
     deterministic: bool
+    pack: dataio.PackConfig
     data: dataio.DataConfig
     split: dataio.SplitConfig
     curriculum: dataio.CurriculumConfig
     augment: dataio.AugmentConfig
     backbone: moco.BackboneConfig
+    positives: moco.PositivesConfig
     moco: moco.MocoConfig
     train: moco.TrainConfig
     embed: EmbedConfig
@@ -162,6 +166,8 @@ def check_together(cfg: Config, typed: Iterable[str]) -> None:
             raise ValueError(f"augment.{name}: low={op.low} must be <= high={op.high}, and > 0 for zoom and aspect")
     if cfg.train.probe_every_epochs and not cfg.split.validation_ratio:
         raise ValueError(f"train.probe_every_epochs={cfg.train.probe_every_epochs}: needs split.validation_ratio above 0")
+    if cfg.positives.name != "self" and cfg.data.cache == "none":
+        raise ValueError(f"positives={cfg.positives.name}: the linked pictures are taken from a cache; set data.cache=decoded")
     if len(cfg.backbone.layers) != 4:
         raise ValueError(f"backbone.layers={cfg.backbone.layers}: must be four numbers")
 
@@ -170,6 +176,8 @@ def expand_home(value: object) -> object:
     """Settings, nested or not, with `~/` for the home folder where one begins with it: only paths do."""
     if isinstance(value, dict):
         return {key: expand_home(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [expand_home(inner) for inner in value]
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 
@@ -177,6 +185,8 @@ def load_config(raw: DictConfig, typed: Iterable[str] = ()) -> Config:
     """The composed settings, some keys `typed` by the user, as a `Config`; ValueError, in one line, for an unknown or a bad one."""
     try:
         plain = expand_home(OmegaConf.to_container(raw, resolve=True))
+        for section, key in (("pack", "source"), ("eval", "pairs")):  # one path, or several
+            plain[section][key] = [value] if isinstance(value := plain[section][key], str) else value or []
         cfg: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     except Exception as error:  # omegaconf's errors say the key in a line of their own
         lines = [line.strip() for line in str(error).splitlines()]
@@ -217,11 +227,11 @@ def flat(settings: dict, prefix: str = "") -> dict[str, object]:
 
 
 NOT_THE_RESULT = (                                           # settings that may differ when a run goes on
-    "command", "run", "run_dir", "device", "deterministic", "data.digiface_glob", "data.digi2real_glob",
+    "command", "run", "run_dir", "device", "deterministic", "pack", "data.digiface_glob", "data.digi2real_glob",
     "data.workers", "data.cache", "data.cache_dir", "data.batch_read_rows", "data.max_bad_fraction", "split.out_dir",
     "split.materialize", "train.compile", "train.max_steps", "train.min_spread", "train.min_gap", "train.when_stuck",
-    "train.probe_every_epochs", "train.log_every", "train.save_every_epochs", "train.save_every_steps", "train.keep_last", "train.resume", "train.extend",
-    "embed", "eval", "report", "export",
+    "train.probe_every_epochs", "train.log_every", "train.save_every_epochs", "train.save_every_steps", "train.keep_last",
+    "train.resume", "train.extend", "embed", "eval", "report", "export",
 )  # fmt: skip
 
 
@@ -233,7 +243,7 @@ def differences(saved: dict, asked: dict) -> dict[str, tuple]:
 
 
 OF_EACH = ("command", "run", "run_dir")  # another one for each run and command
-ALWAYS_AS_ASKED = (*OF_EACH, "device", "embed", "eval", "report", "export")
+ALWAYS_AS_ASKED = (*OF_EACH, "device", "pack", "embed", "eval", "report", "export")
 AS_TYPED = ("data", "split")  # where the data is now may be typed anew; else it is where the run was trained
 
 
@@ -258,22 +268,16 @@ def settings_of(saved: dict, cfg: Config, typed: set[str]) -> Config:
 
 
 def configure_process(device: torch.device, deterministic: bool, tf32: bool) -> None:
-    """Set what torch and the C library keep for the whole process, in full each time: the jobs of a sweep share one."""
+    """Set what torch keeps for the whole process, in full each time: the jobs of a sweep share one."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; without it no deterministic product
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # each value of ours is written before it is read
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.allow_tf32 = tf32
-    if device.type == "cpu" and sys.platform == "linux":  # keep freed memory: else each large tensor is mapped and zeroed anew
-        with contextlib.suppress(AttributeError):  # a C library without mallopt
-            libc = ctypes.CDLL(None)
-            libc.mallopt(-4, 0)  # M_MMAP_MAX
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def describe_machine(device: torch.device) -> dict:
     """What else is needed to repeat a run: versions, commit, hardware."""
-
     packages = ("torch", "torchvision", "numpy", "pyarrow", "hydra-core", "pillow")
     git = ["git", "-C", str(PROGRAM), "status", "--porcelain=v2", "--branch"]
     done = subprocess.run(git, capture_output=True, text=True, check=False) if shutil.which("git") else None
@@ -332,6 +336,15 @@ def check_whole(state: object) -> None:
     wrong = [name for name, kind in kinds.items() if not isinstance(state, dict) or not isinstance(state.get(name), kind)]
     if wrong or not {"table", "shards", "precision"} <= state["meta"].keys():
         raise ValueError(f"not a whole checkpoint of this program: {wrong or 'meta'} is not as it writes it")
+
+
+def write_checkpoint(state: dict, path: Path) -> None:
+    with write_whole(path) as temporary:
+        try:
+            torch.save(state, temporary)
+            moco.seal(temporary)
+        except RuntimeError as error:  # torch's word for a full disk
+            raise OSError(f"{path}: cannot be written ({first_line(error)}); is the disk full?") from error
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -515,7 +528,7 @@ def draw_training(folder: Path) -> None:
     panels = (
         (("loss", "chance_loss"), "loss [nats]", {}),
         (("pos_sim", "neg_sim", "neg_max"), "cosine", {}),
-        (("instance_top1", "digiface_share", "probe_rank1", "probe_tar@0.01"), "share", whole),
+        (("instance_top1", "digiface_share", "probe_rank1", "probe_tar@0.01", "links_right", "links_covered"), "share", whole),
         (("spread",), "spread (1 even, 0 collapsed)", whole),
         (("lr",), "learning rate", {}),
         (("monitor_loss", "monitor_untrained"), "monitor loss [nats]", {}),
@@ -523,8 +536,7 @@ def draw_training(folder: Path) -> None:
     with picture(folder / "plots" / "train.png", 2, 3, 4.2, 3.0) as axes:
         for panel, (names, unit, limits) in zip(axes.flat, panels, strict=True):
             for style, name in enumerate(names):
-                there = {line["step"]: line[name] for line in lines if name in line}
-                if there or not name.startswith("probe"):
+                if there := {line["step"]: line[name] for line in lines if name in line}:
                     curve(panel, list(there), list(there.values()), name, style, xlabel="step", ylabel=unit, **limits)
 
 
@@ -596,15 +608,40 @@ def draw_results(
     with picture(files["cmc"]) as axes:
         for style, (name, found) in enumerate(measured.items()):
             curve(axes[0, 0], ranks, found.cmc, name, style, **CMC_AXES)
-        curve(axes[0, 0], ranks, np.minimum(1, ranks / gallery), "chance", 3)
+        curve(axes[0, 0], ranks, np.minimum(1, ranks / gallery), "chance", len(measured))
     if ours.roc:  # else there are too few impostors for any point of it
         with picture(files["roc"]) as axes:
             units = {"xlabel": "false accept rate", "ylabel": "true accept rate", "xscale": "log", "ylim": (0, 1)}
             for style, (name, found) in enumerate(measured.items()):
                 curve(axes[0, 0], list(found.roc), list(found.roc.values()), name, style, **units)
-            curve(axes[0, 0], list(ours.roc), list(ours.roc), "chance", 3)
+            curve(axes[0, 0], list(ours.roc), list(ours.roc), "chance", len(measured))
     draw_similarity(files["similarity"], ours)
     draw_neighbours(files["neighbours"], data, ours, cfg)
+
+
+# ---- pack ----
+
+
+def short_name(path: str) -> str:
+    """The last part of a path or pattern that has a name, without wildcards and suffix: faces/lfw/*.parquet -> lfw"""
+    parts = reversed(Path(os.path.abspath(path)).parts)
+    names = (re.sub(r"(\[.*?\]|[^\w-]|_)+", "_", Path(part).stem).strip("_-") for part in parts)
+    return next(filter(None, names), "files")
+
+
+def pack(cfg: Config, *_: object) -> None:
+    """Pack pictures in folders and archives, or a benchmark of pairs, as parquet."""
+    benchmark, given = cfg.pack.benchmark, [*filter(None, [cfg.pack.benchmark, *cfg.pack.source])]
+    if bool(benchmark) == bool(cfg.pack.source):
+        raise ValueError(f"command=pack takes pack.source=faces.zip or pack.benchmark=lfw.bin, one of them; given: {given}")
+    out = Path(cfg.pack.out or f"data/{short_name(given[0].replace('.tar.', '.'))}")
+    if not benchmark:
+        dataio.pack(cfg.pack.source, out, cfg.data)
+        return
+    if (cfg.pack.pairs is None) != (Path(benchmark).suffix == ".bin"):
+        raise ValueError(f"pack.benchmark={benchmark}: folders and archives need their list, pack.pairs=pairs.txt; a .bin holds it")
+    images, pairs = dataio.pack_benchmark(benchmark, cfg.pack.pairs, out, cfg.data)
+    log.info("%s, %s; measure by command=embed embed.test_glob=%s, then command=eval eval.pairs=%s", images, pairs, images, pairs)
 
 
 # ---- split ----
@@ -650,11 +687,11 @@ class Timer:
         self.started = self.lap_started = time.perf_counter()
         self.images, self.waited = 0, 0.0
 
-    def next(self, batches: Iterator[Tensor]) -> Tensor:
+    def next(self, batches: Iterator[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
         start = time.perf_counter()
-        images = next(batches)
+        images, others = next(batches)
         self.waited, self.images = self.waited + time.perf_counter() - start, self.images + len(images)
-        return images
+        return images, others
 
     def lap(self) -> dict[str, float]:
         now = time.perf_counter()
@@ -682,12 +719,35 @@ class Run(NamedTuple):
     def schedule(self) -> dataio.Schedule:
         return self.mix.schedule
 
+    @property
+    def warmup(self) -> float:
+        """Steps of the warm-up, counted like the rate from `schedule.begins` on."""
+        return moco.warmup_steps(self.schedule.rest, self.schedule.steps_per_epoch, self.cfg.train)
+
     def batches(self, start: int, stop: int) -> Iterator[Tensor]:
         """uint8 [B, 3, S, S] of steps start..stop-1, on the device."""
         return self.mix.batches(start, stop, self.training.device, self.cfg.data.workers)
 
-    def views(self, images: Tensor, purpose: str, step: int) -> tuple[Tensor, Tensor]:
-        return dataio.two_views(images, self.cfg.augment, draw(self.cfg.seed, purpose, step))
+    def pairs(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Of steps start..stop-1: the pictures, and those whose views are their positives; None for the pictures themselves."""
+        if self.cfg.positives.name == "self":
+            yield from ((images, None) for images in self.batches(start, stop))
+            return
+        each, cfg, caches = self.schedule.steps_per_epoch, self.cfg.positives, self.mix.sources
+        for first, last in itertools.pairwise([start, *range((start // each + 1) * each, stop, each), stop]):
+            if first % (each * cfg.every_epochs) == 0:
+                rows, others = sum(map(len, caches)), None
+                if self.cfg.split.validation_ratio:  # only to judge the links
+                    validation = dataio.find_rows(self.cfg.data, self.cfg.split, "val")
+                    others = functools.partial(describe_rows, validation, self.cfg, self.training.device)
+                self.training.renew_links(lambda: dataio.pictures_in(caches, self.training.device), rows, cfg, others)
+            partners = self.training.links_in_use[1].partners.numpy()
+            linked = [dataio.Partners(caches, number, partners, cfg.p) for number in range(len(caches))]
+            others = dataio.mix_from_start(linked, self.schedule).batches(first, last, self.training.device, self.cfg.data.workers)
+            yield from zip(self.batches(first, last), others, strict=True)
+
+    def views(self, images: Tensor, purpose: str, step: int, others: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return dataio.two_views(images, self.cfg.augment, draw(self.cfg.seed, purpose, step), others)
 
 
 def build_model(cfg: Config) -> moco.MoCo:
@@ -725,10 +785,11 @@ def draw_monitor(run: Run) -> list[tuple[Tensor, Tensor]]:
 
 
 def find_probe(cfg: Config, tables: list[str]) -> dataio.Rows:
-    """The rows of the validation identities. Raises ValueError where they cannot be measured, or are of none of the split `tables`."""
+    """The rows of the validation identities. Raises ValueError where they cannot be measured, or are of another split table."""
     rows = dataio.find_rows(cfg.data, cfg.split, "val")
     if tables[0] not in rows.tables:
-        raise ValueError(f"{cfg.split.out_dir}: validation identities of split table {rows.tables[0]}, train of {tables[0]}; split anew")
+        told = f"validation identities of split table {rows.tables[0]}, train of {tables[0]}"
+        raise ValueError(f"{cfg.split.out_dir}: {told}; split anew")
     names, _, keys = dataio.read_names(rows)
     moco.enrol(names, keys, cfg.eval.enroll_per_id, cfg.eval.seed)
     return rows
@@ -741,17 +802,25 @@ def views_of(rows: dataio.Rows, cfg: Config, device: torch.device) -> Iterator[t
             yield source, table, dataio.to_float(images.to(device))
 
 
-def measure_probe(run: Run) -> dict[str, float]:
-    """Rank-1 and TAR@1e-2 of the validation identities, as embed and eval measure them; a figure that they cannot support is left out."""
-    cfg, device = run.cfg, run.training.device
-    encode = moco.freeze(copy.deepcopy(run.training.model.query.backbone), device, cfg.embed.flip)
-    parts = [(source, table, encode(views).cpu()) for source, table, views in views_of(run.probe, cfg, device) if len(views)]
+def describe_rows(rows: dataio.Rows, cfg: Config, device: torch.device, encode: moco.Encoder) -> dataio.VectorTable:
+    """Vectors of rows in memory, as a file of `embed` holds them."""
+    parts = [(source, table, encode(views).cpu()) for source, table, views in views_of(rows, cfg, device) if len(views)]
     names, files = (
         np.array([name for _, table, _ in parts for name in table[column].to_pylist()], str)
         for column in ("identity_id", "image_filename")
     )
     sources = np.repeat([source for source, _, _ in parts], [len(table) for _, table, _ in parts])
-    faces = dataio.VectorTable(names, files, sources, torch.cat([vectors for *_, vectors in parts]).numpy(), None, {})
+    return dataio.VectorTable(names, files, sources, torch.cat([vectors for *_, vectors in parts]).numpy(), None, {})
+
+
+def measure_probe(run: Run) -> dict[str, float]:
+    """Rank-1 and TAR@1e-2 of the validation identities, as eval measures them; a figure that they cannot support is left out.
+
+    Not whitened: a whitening is fitted when training ends.
+    """
+    cfg, device = run.cfg, run.training.device
+    encode = moco.freeze(copy.deepcopy(run.training.model.query.backbone), device, cfg.embed.flip)
+    faces = describe_rows(run.probe, cfg, device, encode)
     found = moco.measure(faces, dataclasses.replace(cfg.eval, fars=[1e-2], bootstrap=100), device).rates
     return {f"probe_{name}": round(found[name].value, 6) for name in ("rank1", "tar@0.01") if name in found}
 
@@ -794,12 +863,7 @@ def save_checkpoint(run: Run, epoch: int | None) -> None:
     """Save the state whole, as epoch_XX.pt or step_NNNNNNN.pt, let last.pt mean it, and rotate the older ones."""
     training, checkpoints = run.training, run.folder / "checkpoints"
     name = f"step_{training.step:07d}.pt" if epoch is None else f"epoch_{epoch:02d}.pt"
-    with write_whole(checkpoints / name) as temporary:
-        try:
-            torch.save(training.state_dict() | {"config": dataclasses.asdict(run.cfg), "meta": run.meta}, temporary)
-            moco.seal(temporary)
-        except RuntimeError as error:  # torch's word for a full disk
-            raise OSError(f"{checkpoints / name}: cannot be written ({first_line(error)}); is the disk full?") from error
+    write_checkpoint(training.state_dict() | {"config": dataclasses.asdict(run.cfg), "meta": run.meta}, checkpoints / name)
     if epoch is not None and training.monitor["last"] <= training.monitor["best"]:
         link(checkpoints / name, checkpoints / "best.pt")
     link(checkpoints / name, checkpoints / "last.pt")  # the last act: a resume trusts last.pt first
@@ -814,10 +878,9 @@ def say_what_trains(run: Run, sources: list[dataio.Passes], streams: list[dataio
     log.info("%s images in %d steps an epoch, %d epochs", images, schedule.steps_per_epoch, cfg.train.epochs)
     if schedule.begins:
         log.info("extended from step %d on: a new warm-up, and a cosine from train.lr=%g", schedule.begins, cfg.train.lr)
-    warmup = moco.warmup_steps(schedule.total_steps - schedule.begins, schedule.steps_per_epoch, cfg.train)
-    if warmup < cfg.train.warmup_epochs * schedule.steps_per_epoch:
+    if run.warmup < cfg.train.warmup_epochs * schedule.steps_per_epoch:
         told = "train.warmup_epochs=%g does not fit: the warm-up is a tenth of the run, %d steps"
-        log.warning(told, cfg.train.warmup_epochs, math.ceil(warmup))
+        log.warning(told, cfg.train.warmup_epochs, math.ceil(run.warmup))
     log.info("%s (%.1f M weights), %s on %s", cfg.backbone.name, weights / 1e6, precision, training.device)
     log.info("order: %s%s", sources[0].order_kind, " of materialised shards" if rows.shards else "")
     for place, stream in zip(rows.indices, streams, strict=True) if cfg.data.cache == "none" else ():
@@ -830,9 +893,14 @@ def say_what_trains(run: Run, sources: list[dataio.Passes], streams: list[dataio
             advice = "; data.cache=decoded or command=split mend that" if worse > 2 else ""
             told = "%s: %.1f times as many pictures of the same person in the queue as in a true shuffle%s"
             log.info(told, place, worse, advice)
-    if len(training.model.queue) > epoch_images / 2:
-        told = "moco.queue_size=%d holds more than half an epoch (%d images): many negatives are pictures of the query's own face"
-        log.warning(told, len(training.model.queue), epoch_images)
+    queue, fits = len(training.model.queue), max(epoch_images // 16, 4 * schedule.batch_size)
+    if queue > fits:
+        told = "moco.queue_size=%d exceeds a sixteenth of the %d pictures: many are the query's own face; set moco.queue_size=%d"
+        log.warning(told, queue, epoch_images, fits)
+    lag, steps = 1 - cfg.moco.key_momentum, schedule.rest
+    if lag and steps * lag < 2:
+        told = "moco.key_momentum=%g: in %d steps the key encoder hardly leaves its first weights; set moco.key_momentum=%g"
+        log.warning(told, cfg.moco.key_momentum, steps, max(0.0, round(1 - 10 / steps, 3)))
 
 
 def step_figures(run: Run, out: moco.StepOutput, grad_norm: Tensor, lr: float, key_momentum: float) -> dict:
@@ -845,14 +913,14 @@ def step_figures(run: Run, out: moco.StepOutput, grad_norm: Tensor, lr: float, k
         "chance_loss": round(moco.chance_loss(len(run.training.model.queue), cfg.moco.temperature, cfg.moco.margin), 6),
         "queue_ptr": int(run.training.model.queue_ptr), "lr": lr, "key_momentum": key_momentum,
         "grad_norm": round(float(grad_norm), 6) if torch.isfinite(grad_norm) else None,  # a step that fp16 skipped: NaN is no JSON
-        "digiface_share": round(schedule.digiface_share(since, step), 4),
+        "digiface_share": round(schedule.digiface_share(since, step), 4), **run.training.link_figures(),
     }  # fmt: skip
 
 
 def tell_signs(entry: dict, run: Run, told: set[tuple[str, int]]) -> None:
     """Warn of a run that will come to nothing, once per cause and epoch, or stop it where train.when_stuck=stop."""
     cfg = run.cfg.train
-    warmed_up = entry["step"] > moco.warmup_steps(run.schedule.total_steps, run.schedule.steps_per_epoch, cfg) + 1
+    warmed_up = entry["step"] - run.schedule.begins > run.warmup + 1
     for cause, what in moco.signs_of_failure(entry, run.training.monitor["untrained"], cfg, warmed_up).items():
         if (cause, entry["epoch"]) not in told:
             told.add((cause, entry["epoch"]))
@@ -866,15 +934,15 @@ def run_steps(run: Run, monitor: list[tuple[Tensor, Tensor]], last_step: int) ->
     cfg, training, schedule = run.cfg, run.training, run.schedule
     if cfg.train.compile:
         training.compile()
-    timer, told_signs, drawn_at, rest = Timer(), set(), time.monotonic(), schedule.total_steps - schedule.begins
+    timer, told_signs, drawn_at, rest = Timer(), set(), time.monotonic(), schedule.rest
     counts = {"total": schedule.total_steps * schedule.batch_size, "initial": training.step * schedule.batch_size}
     with (
-        contextlib.closing(run.batches(training.step, last_step)) as batches, open(run.folder / "train_log.jsonl", "a") as log_file,
+        contextlib.closing(run.pairs(training.step, last_step)) as batches, open(run.folder / "train_log.jsonl", "a") as log_file,
         progress(**counts, desc="training", unit="image", smoothing=0.1) as bar, StopAsked() as stop,
     ):  # fmt: skip
         for step in range(training.step, last_step):
-            images = timer.next(batches)  # uint8 [B, 3, S, S], on the device
-            view_q, view_k = run.views(images, "augment", step)  # float [B, 3, S, S] in [-1, 1]
+            images, others = timer.next(batches)  # uint8 [B, 3, S, S], on the device
+            view_q, view_k = run.views(images, "augment", step, others)  # float [B, 3, S, S] in [-1, 1]
             lr = moco.lr_at(step - schedule.begins, rest, schedule.steps_per_epoch, cfg.train)
             momentum = moco.key_momentum_at((step - schedule.begins) / rest, cfg.moco.key_momentum, cfg.moco.key_momentum_schedule)
             out, grad_norm = training.take_step(view_q, view_k, lr, momentum, draw(cfg.seed, "step", step))
@@ -918,6 +986,31 @@ def run_steps(run: Run, monitor: list[tuple[Tensor, Tensor]], last_step: int) ->
         log.info("stopped at train.max_steps=%d of %d; the same command without it goes on", training.step, schedule.total_steps)
 
 
+def whiten_checkpoints(cfg: Config, folder: Path, sources: list[dataio.Passes], device: torch.device) -> None:
+    """Put the whitening into the final and the best checkpoint of a finished run, where it is not there yet."""
+    if cfg.embed.whiten == "none":
+        return
+    last, best, end = (folder / "checkpoints" / f"{name}.pt" for name in ("last", "best", f"epoch_{cfg.train.epochs:02d}"))
+    configure_process(device, deterministic=True, tf32=False)  # as embed computes
+    model, final = build_model(cfg), load_checkpoint(last)
+    earlier = load_checkpoint(best) if best.exists() else final  # there is none where the monitor was never a number
+    is_last = earlier["step"] == final["step"]
+    for path, state in ((best, earlier), (end, final))[is_last:]:
+        if "whitening" not in state:
+            moco.load_weights(model, state["model"])
+            state["whitening"] = fit_whitening(model.query.backbone, sources, cfg, device)._asdict()
+            write_checkpoint(state, path)
+    link(end, last)
+    if is_last and best.exists():
+        link(end, best)
+    rotate_checkpoints(folder, cfg.train)
+
+
+def pictures_of(pairs: Path) -> Path | None:
+    """NAME_pairs.parquet -> NAME.parquet, as pack writes them; None for pairs of the pictures that are measured anyway."""
+    return pairs.with_name(pairs.name.replace("_pairs.parquet", ".parquet")) if pairs.name.endswith("_pairs.parquet") else None
+
+
 def look_ahead(cfg: Config) -> dict:
     """Who eval would enrol and look up. Raises ValueError or OSError for what embed and eval would refuse of those pictures."""
     names, files, keys = dataio.read_names(embedded_rows(cfg, None if cfg.embed.test_glob else cfg.embed.split))
@@ -926,8 +1019,9 @@ def look_ahead(cfg: Config) -> dict:
         raise ValueError(
             f"{cfg.embed.test_glob}: {len(trained)} identities, such as {min(trained)!r}, are trained on; embed others"
         )
-    if cfg.eval.pairs:
-        dataio.read_pairs(Path(cfg.eval.pairs), names, files)
+    for pairs in dataio.find_files(cfg.eval.pairs):
+        its = dataio.find_given_rows(str(of), cfg.data.columns) if (of := pictures_of(pairs)) and of.exists() else None
+        dataio.read_pairs(pairs, *(dataio.read_names(its)[:2] if its else (names, files)))
     drawn = moco.enrol(names, keys, cfg.eval.enroll_per_id, cfg.eval.seed)
     gallery = len(np.unique(drawn.identity[drawn.enrolled]))
     return {"gallery": gallery, "distractors": drawn.distractors, "probes": len(drawn.probes)}
@@ -969,6 +1063,8 @@ def train(cfg: Config, folder: Path) -> float:
                 rotate_checkpoints(folder, cfg.train)
                 what = "finished" if training.step >= schedule.total_steps else "at train.max_steps"
                 log.info("%s: %s, %d of %d steps; nothing to do", folder, what, training.step, schedule.total_steps)
+                if training.step >= schedule.total_steps and "whitening" not in saved:
+                    whiten_checkpoints(cfg, folder, dataio.cached(streams, cfg.data, device), device)
                 return -min(training.monitor["best"], training.monitor["last"])
             log.info("going on from step %d of %d", training.step, schedule.total_steps)
             if saved["meta"]["precision"] != str(training.precision):
@@ -989,6 +1085,8 @@ def train(cfg: Config, folder: Path) -> float:
         kept = [e for e in read_log(folder) if e["step"] < training.step + (planned or "monitor_loss" in e)]
         write_text(folder / "train_log.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept))
         run_steps(run, monitor, last_step)
+        if training.step >= schedule.total_steps:
+            whiten_checkpoints(cfg, folder, sources, device)
         return -min(training.monitor["best"], training.monitor["last"])
 
 
@@ -1028,6 +1126,8 @@ def try_steps(cfg: Config, rows: dataio.Rows, scratch: Path) -> dict:
     """Real steps on the plain stream, a round through the checkpoint, and where there is a GPU its step beside the CPU's."""
     device = moco.pick_device(cfg.device)
     configure_process(device, cfg.deterministic, tf32=True)
+    plain = dataclasses.replace(cfg.positives, name="self")  # there is no cache here to take linked pictures from
+    cfg = dataclasses.replace(cfg, positives=plain)
     streams = dataio.open_streams(rows, cfg.data, cfg.seed)
     schedule = dataio.Schedule(cfg.curriculum, list(map(len, streams)), cfg.train.batch_size, cfg.train.epochs)
     training = moco.Training(start_model(cfg, rows.tables)[0], cfg.train, device)
@@ -1037,12 +1137,12 @@ def try_steps(cfg: Config, rows: dataio.Rows, scratch: Path) -> dict:
     if cfg.train.compile:
         training.compile()
     steps = min(1 + CHECK_STEPS, schedule.total_steps)
-    with contextlib.closing(run.batches(0, steps)) as batches:
+    with contextlib.closing(run.pairs(0, steps)) as batches:
         for step in progress(range(steps), desc="trying steps", unit="step", leave=False):
             if step == 1:  # after compiling
                 int(training.first_bad_step)  # waits for the device
                 timer = Timer()
-            images = timer.next(batches)
+            images, _ = timer.next(batches)
             out, _ = training.take_step(*run.views(images, "augment", step), 1e-4, 0.99, draw(cfg.seed, "step", step))
             if time.perf_counter() - begun > CHECK_SECONDS:
                 break
@@ -1120,27 +1220,36 @@ def check(cfg: Config, folder: Path, typed: set[str]) -> None:
 
 # ---- embed ----
 
-REFERENCE_IMAGES = 4096  # train images that the references are fitted on
-REFERENCES = ("untrained", "pca")
+REFERENCES = ("untrained", "lbp", "pca")
+
+
+def sample_images(sources: list[dataio.Passes], cfg: Config, count: int) -> Iterator[Tensor]:
+    """At most `count` train pictures as uint8 [B, 3, S, S], of each source its share."""
+    rows = list(map(len, sources))
+    schedule = dataio.Schedule(None, rows, min(256, sum(rows)), 1)
+    steps = min(schedule.steps_per_epoch, -(-count // schedule.batch_size))
+    return dataio.mix_from_start(sources, schedule).batches(0, steps, workers=cfg.data.workers)
+
+
+def fit_whitening(
+    backbone: torch.nn.Module, sources: list[dataio.Passes], cfg: Config, device: torch.device
+) -> moco.Whitening:  # fmt: skip
+    """The whitening of the frozen encoder's vectors, mirrored or not as embed.flip asks, in one pass over the train pictures."""
+    encode, images = moco.freeze(backbone, device, cfg.embed.flip), sample_images(sources, cfg, moco.WHITEN_ROWS)
+    images = progress(images, desc="fitting the whitening", unit="batch", leave=False)
+    return moco.fit_whitening(torch.cat([encode(dataio.to_float(part.to(device))) for part in images]))
 
 
 def reference_encoders(cfg: Config, rows: dataio.Rows, device: torch.device) -> dict[str, moco.Encoder]:
-    """What any encoder must beat: itself untrained (its statistics calibrated, else it is weaker than need be) and PCA."""
+    """What any encoder must beat: itself untrained (its statistics calibrated, else it is weaker than need be), LBP and PCA."""
     streams = dataio.open_streams(rows, cfg.data, cfg.seed)
-    batch = min(256, len(rows))
-    schedule = dataio.Schedule(None, list(map(len, streams)), batch, 1)
-    mix = dataio.mix_from_start(streams, schedule)
-    images = list(mix.batches(0, min(schedule.steps_per_epoch, REFERENCE_IMAGES // batch), workers=cfg.data.workers))
+    images = list(sample_images(streams, cfg, moco.REFERENCE_ROWS))
     backbone = build_model(cfg).query.backbone.to(device)
     moco.calibrate_batchnorm(backbone, (dataio.to_float(part.to(device)) for part in images))
-    return {"untrained": moco.freeze(backbone, device, cfg.embed.flip), "pca": moco.fit_pca(map(dataio.to_float, images))}
-
-
-def short_name(path: str) -> str:
-    """The last part of a path or pattern that has a name, without wildcards and suffix: faces/lfw/*.parquet -> lfw"""
-    parts = reversed(Path(os.path.abspath(path)).parts)
-    names = (re.sub(r"(\[.*?\]|[^\w-]|_)+", "_", Path(part).stem).strip("_-") for part in parts)
-    return next(filter(None, names), "files")
+    whitening = fit_whitening(backbone, streams, cfg, device) if cfg.embed.whiten == "train" else None
+    untrained = moco.freeze(backbone, device, cfg.embed.flip, whitening)
+    lbp, pca = moco.fit_lbp(map(dataio.to_float, images), cfg.embed.flip), moco.fit_pca(map(dataio.to_float, images))
+    return {"untrained": untrained, "lbp": lbp, "pca": pca}
 
 
 def embedded_file(cfg: Config) -> str:
@@ -1156,9 +1265,9 @@ def reference_path(embeddings: Path, name: str) -> Path:
     return embeddings.with_name(f"{embeddings.stem}.{name}.parquet")
 
 
-def find_train_rows(cfg: Config, table: str) -> dataio.Rows | None:
-    """The rows that the references are fitted on and that test pictures are looked for in; None where they are not here."""
-    if not (cfg.embed.references or cfg.embed.leak_check):
+def find_train_rows(cfg: Config, table: str, needed: dict[str, bool]) -> dataio.Rows | None:
+    """The rows that what is `needed` is fitted on or looked for in; None where they are not here, which is told."""
+    if not any(needed.values()):
         return None
     try:
         rows = dataio.find_rows(cfg.data, cfg.split, "train")
@@ -1167,7 +1276,8 @@ def find_train_rows(cfg: Config, table: str) -> dataio.Rows | None:
         why = f"{cfg.split.out_dir} holds split table {rows.tables[0]}, the checkpoint's is {table}"
     except FileNotFoundError as error:
         why = first_line(error)
-    log.warning("no references and no leak check, the run's train data is not here: %s", why)
+    left_out = " and ".join(f"no {what}" for what, asked in needed.items() if asked)
+    log.warning("%s, the run's train data is not here: %s", left_out, why)
     return None
 
 
@@ -1209,7 +1319,8 @@ def load_trained(cfg: Config, folder: Path, typed: set[str]) -> Trained:
     digest = dataio.digest(*(f"{name} {value.double().sum().item()}" for name, value in weights.backbone.items()))
     made = {"table": meta["table"], "step": state.get("step"), "extended": meta.get("extended", [])}
     made |= {"elsewhere": meta.get("elsewhere", False), "checkpoint": digest, "flip": cfg.embed.flip}
-    return Trained(path, cfg, moco.freeze(backbone, torch.device("cpu"), cfg.embed.flip), made)
+    whitening = weights.whitening if cfg.embed.whiten == "train" else None
+    return Trained(path, cfg, moco.freeze(backbone, torch.device("cpu"), cfg.embed.flip, whitening), made)
 
 
 def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
@@ -1225,17 +1336,27 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
             f"{path} was trained with split table {table}, {cfg.split.out_dir} has {rows.tables[0]}: "
             f"its test identities may have been trained on"
         )
-    train_rows = find_train_rows(cfg, table)
+    fits = cfg.embed.whiten == "train" and encoder.mean is None
+    asked = {"references": cfg.embed.references, "leak check": cfg.embed.leak_check, "whitening": fits}
+    train_rows = find_train_rows(cfg, table, asked)
+    if train_rows and fits:
+        streams = dataio.open_streams(train_rows, cfg.data, cfg.seed)
+        whitening = fit_whitening(encoder.backbone, streams, cfg, device)
+        encoder = moco.freeze(encoder.backbone, device, cfg.embed.flip, whitening)
     out = folder / embedded_file(cfg)
     files = {"trained": out} | {name: reference_path(out, name) for name in REFERENCES}
     encoders = {"trained": encoder}
     if train_rows and cfg.embed.references:
         encoders |= reference_encoders(cfg, train_rows, device)
     trained_on = None if made["elsewhere"] else 0 if side else count_trained_on(cfg, table)
-    note = made | {"split": side, "trained_on": trained_on, "data": [index.fingerprint for index in rows.indices.values()]}
+    note = made | {
+        "split": side, "whitened": encoder.mean is not None, "trained_on": trained_on,
+        "data": [index.fingerprint for index in rows.indices.values()],
+    }  # fmt: skip
     made_by = {
         "trained": made["checkpoint"],
         "untrained": f"untrained seed {cfg.seed}",
+        "lbp": f"lbp {moco.EMBEDDING_DIM}",
         "pca": f"pca {moco.PCA_COMPONENTS} of {moco.PCA_SIDE_PX} px",
     }
     hashes: set[int] = set()
@@ -1258,6 +1379,78 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     log.info("%s: %d vectors by %s (step %s)", out, writers["trained"].rows, path, made["step"])
 
 
+# ---- export ----
+
+
+def export(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
+    """Write the encoder for other programs: its weights, ONNX, how to use them (encoder.json), and a model card (README.md)."""
+    moco.need_extra(cfg.export.formats)
+    path, cfg, encoder, made = load_trained(cfg, folder, typed)
+    rows = embedded_rows(cfg, None if cfg.embed.test_glob else cfg.embed.split)
+    views = itertools.islice(
+        (row for *_, part in views_of(rows, cfg, torch.device("cpu")) for row in part), cfg.export.parity_pictures
+    )
+    pictures, side = torch.stack(list(views)), cfg.data.image_size
+    if cfg.export.input == "uint8":
+        pictures = ((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    out, whitened = folder / cfg.export.out, encoder.mean is not None
+    if cfg.embed.whiten == "train" and not whitened:
+        log.warning("%s holds no whitening (train fits it when it ends): exported without", path)
+    note = {"backbone": dataclasses.asdict(cfg.backbone), "flip": encoder.flip, "whitened": whitened, **made}
+    files = {}
+    for name in cfg.export.formats:
+        with write_whole(out / f"encoder.{name}") as temporary:
+            if name == "onnx":
+                apart = moco.save_onnx(encoder, temporary, pictures, {"sniperface": json.dumps(note)})
+                files["encoder.onnx"] = f"for onnxruntime; its vectors differ from torch's by at most {apart:.1e}"
+            elif name == "safetensors":
+                moco.save_safetensors(encoder, temporary, {"sniperface": json.dumps(note)})
+                files["encoder.safetensors"] = "for `moco.load_encoder`"
+            else:
+                torch.save(moco.public_weights(encoder), temporary)
+                files["encoder.pt"] = (
+                    "the weights alone, under the names of the public ArcFace iResNets: neither mirrored nor whitened"
+                )
+    layout = (
+        f"uint8 [n, {side}, {side}, 3], RGB as decoded"
+        if cfg.export.input == "uint8"
+        else f"float32 [n, 3, {side}, {side}], RGB in [-1, 1]"
+    )
+    use = {"input": {"pictures": layout}, "output": {"vectors": "float32 [n, 512], of length 1; their dot product is the cosine"}}
+    write_text(out / "encoder.json", json.dumps(use | {"files": files} | note, indent=1))
+    shown = {name: dataclasses.asdict(getattr(cfg, name)) for name in ("backbone", "moco", "positives", "curriculum")}
+    shown |= {"augment": cfg.augment.name, "seed": cfg.seed, "step": made["step"], "epochs": cfg.train.epochs}
+    shown |= {"batch_size": cfg.train.batch_size, "lr": cfg.train.lr}
+    card = {
+        "name": folder.name, "side": side, "backbone": cfg.backbone.name,
+        "settings": OmegaConf.to_yaml(OmegaConf.create(shown)).strip(),
+        "millions": f"{sum(value.numel() for value in encoder.backbone.parameters()) / 1e6:.1f}",
+        "files": "\n".join(f"| `{name}` | {what} |" for name, what in files.items()),
+        "data": f"The train identities (split table {made['table']}) of "
+        + " and ".join(f"`{Path(pattern).name}`" for pattern in (cfg.data.digiface_glob, cfg.data.digi2real_glob) if pattern) + ".",
+        "figures": card_figures(folder, made["checkpoint"]),
+    }  # fmt: skip
+    write_text(out / "README.md", string.Template((CONF / "templates" / "model_card.md").read_text()).substitute(card))
+    log.info("%s: %s", out, "; ".join(f"{name}, {what}" for name, what in files.items()))
+
+
+def card_figures(folder: Path, checkpoint: str) -> str:
+    """Figures of a run that were measured with this very checkpoint, as a table with intervals."""
+    lines = ["| measured on | figure | value | 95 % interval |", "|---|---|---|---|"]
+    for path in sorted(folder.glob("metrics*.json")):
+        metrics = json.loads(path.read_text())
+        if metrics["made_from"].get("checkpoint") == checkpoint:
+            what = f"{Path(metrics['embeddings']).stem}, {metrics['gallery']} people"
+            for name in (name for name in metrics if f"{name}_ci" in metrics):
+                low, high = metrics[f"{name}_ci"]
+                lines.append(f"| {what} | {name} | {metrics[name]:z.4f} | {low:z.4f} to {high:z.4f} |")
+            for name, pairs in metrics["pair_protocol"].items():
+                lines.append(
+                    f"| pairs of {name} | accuracy | {pairs['accuracy']:.4f} | +- {pairs['standard_error']:.4f} (standard error) |"
+                )
+    return "\n".join(lines) if len(lines) > 2 else "None were measured with this checkpoint (`command=eval` does it)."
+
+
 # ---- eval ----
 
 PICTURES = ("cmc", "roc", "similarity", "neighbours")
@@ -1266,14 +1459,19 @@ PICTURES = ("cmc", "roc", "similarity", "neighbours")
 def files_of_evaluation(cfg: Config, folder: Path) -> dict[str, Path]:
     """Files that an evaluation owns, like its section of report.md: it replaces all of them and touches no other's.
 
-    metrics.json, plots/cmc.png, ... belong to the run's own test vectors; metrics_lfw.json, plots/lfw_cmc.png, ... to lfw.parquet.
+    metrics.json, plots/cmc.png, ... belong to the run's own test vectors; metrics_lfw.json, plots/lfw_cmc.png, ... to lfw.parquet;
+    of eval.out=other/x.json they are other/x.cmc.png, ...
     """
     vectors, own = cfg.eval.embeddings or embedded_file(cfg), os.path.abspath(folder / "embeddings/test_embeddings.parquet")
     is_own = own in (os.path.abspath(folder / vectors), os.path.abspath(vectors))
     out = cfg.eval.out or ("metrics.json" if is_own else f"metrics_{short_name(vectors)}.json")
-    name = "" if out == "metrics.json" else short_name(out).removeprefix("metrics_") + "_"
-    files = {"metrics": folder / out, "ranks": (folder / out).with_suffix(".ranks.parquet")}  # the rank of each probe
-    return files | {what: folder / "plots" / f"{name}{what}.png" for what in PICTURES}
+    metrics = Path(os.path.abspath(folder / out))
+    stem = metrics.name.removesuffix(".json")
+    files = {"metrics": metrics, "ranks": metrics.with_name(f"{stem}.ranks.parquet")}  # the rank of each probe
+    pictures = f"{metrics.with_name(stem)}."  # beside a file of any other name, which may be anywhere
+    if metrics.parent == Path(os.path.abspath(folder)) and re.match(r"metrics(_|$)", stem):
+        pictures = f"{folder}/plots/" + f"{stem}_".removeprefix("metrics_")
+    return files | {what: Path(f"{pictures}{what}.png") for what in PICTURES}
 
 
 def check_provenance(path: Path, data: dataio.VectorTable, cfg: Config, folder: Path) -> int | None:
@@ -1332,11 +1530,9 @@ def count_leaks(data: dataio.VectorTable, drawn: moco.Enrolment) -> dict[str, in
     return leaks
 
 
-def measure_pairs(path: str | Path | None, data: dataio.VectorTable, fars: list[float]) -> dict:
-    """The figures of a pair protocol such as LFW's; none where there is no protocol."""
-    if not path:
-        return {}
-    a, b, same, fold = dataio.read_pairs(Path(path), data.names, data.files)
+def measure_pairs(path: Path, data: dataio.VectorTable, fars: list[float]) -> dict:
+    """The figures of a pair protocol such as LFW's."""
+    a, b, same, fold = dataio.read_pairs(path, data.names, data.files)
     try:
         return moco.pair_figures(np.einsum("nd,nd->n", data.vectors[a], data.vectors[b]), same, fold, fars)
     except ValueError as error:
@@ -1351,32 +1547,71 @@ def read_vectors(path: Path) -> dataio.VectorTable:
 
 
 def read_reference(path: Path, name: str, data: dataio.VectorTable) -> dataio.VectorTable | None:
-    """The untrained encoder's or PCA's vectors of the same pictures, None where `embed` wrote none."""
+    """A reference's vectors of the same pictures, None where `embed` wrote none."""
     file = reference_path(path, name)
     if not file.exists():
         return None
     reference = read_vectors(file)
-    same_note = all(reference.note.get(key) == data.note.get(key) for key in ("table", "split", "data", "flip"))
+    same_note = all(reference.note.get(key) == data.note.get(key) for key in ("table", "split", "data", "flip", "whitened"))
     if not same_note or not np.array_equal(reference.keys, data.keys) or not np.array_equal(reference.names, data.names):
         raise ValueError(f"{file}: not the pictures of {path}, or embedded otherwise; run command=embed again, or delete it")
     return reference
 
 
+def measure_benchmarks(path: Path, cfg: Config, folder: Path) -> dict[str, dict[str, dict]]:
+    """The figures of each of eval.pairs by encoder and name: NAME_pairs.parquet on NAME.parquet beside `path`, others on `path`.
+
+    Raises FileNotFoundError, with the command that makes them, for vectors that are missing.
+    """
+    found: dict[str, dict[str, dict]] = {"trained": {}}
+    for pairs in dataio.find_files(cfg.eval.pairs):
+        name, pictures = pairs.stem.removesuffix("_pairs"), pictures_of(pairs)
+        vectors = path.with_name(f"{short_name(str(pictures))}.parquet") if pictures else path
+        if not vectors.is_file():
+            cure = f"command=embed run={shlex.quote(cfg.run)} embed.test_glob={shlex.quote(str(pictures))}"
+            raise FileNotFoundError(f"{pairs}: is scored on {vectors}, which is not there; write it by {cure}")
+        if name in found["trained"]:
+            raise ValueError(f"eval.pairs: two files of the name {name}, {pairs} is the second; rename one")
+        data = read_vectors(vectors)
+        if vectors != path:
+            check_provenance(vectors, data, cfg, folder)
+        found["trained"][name] = measure_pairs(pairs, data, cfg.eval.fars)
+        for encoder in REFERENCES:
+            if reference := read_reference(vectors, encoder, data):
+                found.setdefault(encoder, {})[name] = measure_pairs(pairs, reference, cfg.eval.fars)
+    return found
+
+
+def pairs_table(metrics: dict, encoders: Iterable[str]) -> list[str]:
+    """A line for each pair protocol, and their mean: accuracy by encoder, chance, and TAR at the smallest FAR they support."""
+    names, accuracy = [*metrics["pair_protocol"]], "{accuracy:.4f} +- {standard_error:.4f}".format_map
+    by_encoder = {name: (metrics if name == "trained" else metrics[name])["pair_protocol"] for name in encoders}
+    rows = {"Accuracy of pairs": [*by_encoder, "chance", "TAR, trained"]}
+    for name in names:
+        ours = metrics["pair_protocol"][name]
+        fars = sorted(float(figure[4:]) for figure in ours if figure.startswith("tar@"))[:1]
+        rows[f"{name}, {ours['pairs']}"] = [accuracy(figures[name]) if name in figures else "" for figures in by_encoder.values()]
+        rows[f"{name}, {ours['pairs']}"] += [
+            f"{ours['chance']:.3f}",
+            *(f"{ours[f'tar@{far:g}']:.3f} at FAR {far:g}" for far in fars),
+        ]
+    if len(names) > 1:
+        means = (np.mean([f[name]["accuracy"] for name in names]) if {*names} <= f.keys() else None for f in by_encoder.values())
+        rows["mean"] = ["" if mean is None else f"{mean:.4f}" for mean in means]
+    width = max(map(len, rows)) + 3
+    lines = [f"{title:<{width}}" + "".join(f"{cell:<20}" for cell in cells) for title, cells in rows.items()]
+    return [*lines, "judged by the threshold of the other folds; +- is the standard error over the folds", ""] if names else []
+
+
 def results_table(metrics: dict, encoders: Iterable[str], cfg: moco.EvalConfig) -> str:
-    """The compact table of the terminal: a row an encoder, pairs first, intervals in brackets, chance last."""
-    pairs, gallery, rate = metrics["pair_protocol"], metrics["gallery"], "{:z.3f} [{:z.3f}, {:z.3f}]".format
+    """The compact tables of the terminal: pairs first, then a row an encoder, intervals in brackets, chance last."""
+    gallery, rate = metrics["gallery"], "{:z.3f} [{:z.3f}, {:z.3f}]".format
     columns = [(f"Rank-{k}", lambda f, k=k: rate(f[f"rank{k}"], *f[f"rank{k}_ci"]), min(1, k / gallery)) for k in cfg.top_k]
-    for far in sorted(float(name[4:]) for name in pairs if name.startswith("tar@"))[:1]:
-        columns.insert(0, (f"TAR at FAR {far:g}", lambda f, far=far: f"{f['pair_protocol'][f'tar@{far:g}']:.3f}", far))
-    if pairs:
-        accuracy = "{accuracy:.4f} +- {standard_error:.4f}".format_map
-        columns.insert(0, ("Accuracy of pairs", lambda f: accuracy(f["pair_protocol"]), pairs["chance"]))
     rows = {"": [title for title, _, _ in columns]}
     rows |= {name: [cell(metrics if name == "trained" else metrics[name]) for _, cell, _ in columns] for name in encoders}
     rows["chance"] = [f"{chance:.3f}" for _, _, chance in columns]
-    lines = [f"{name:<12}" + "".join(f"{cell:<24}" for cell in cells) for name, cells in rows.items()]
-    if pairs:
-        lines.append(f"{pairs['pairs']} pairs, judged by the threshold of the other folds; +- is the standard error over the folds")
+    lines = pairs_table(metrics, encoders)
+    lines += [f"{name:<12}" + "".join(f"{cell:<24}" for cell in cells) for name, cells in rows.items()]
     who = "unseen identities" if metrics["made_from"].get("trained_on") == 0 else "identities, not known to be unseen,"
     lines.append(
         f"{metrics['gallery']} {who} enrolled with {metrics['enroll_per_id']} pictures each ({metrics['distractors']} of them "
@@ -1389,7 +1624,7 @@ def write_report(folder: Path, files: dict[str, Path], metrics: dict, table: str
     """report.md: a run on one page. Each evaluation has a section, conf/templates/report.md; this writes that of `files`."""
 
     def shown(*pictures: Path) -> str:
-        return "\n\n".join(f"![{path.stem}](plots/{path.name})" for path in pictures if path.exists())
+        return "\n\n".join(f"![{path.stem}]({os.path.relpath(path, folder)})" for path in pictures if path.exists())
 
     def rows(figures: dict, *labels: object, only: str | None = None, beside: Iterable[dict] = ()) -> str:
         """A line for each figure with an interval, or for the figure `only` under other labels; others' values behind it."""
@@ -1405,7 +1640,7 @@ def write_report(folder: Path, files: dict[str, Path], metrics: dict, table: str
     chance = {f"rank{k}": min(1, k / gallery) for k in {1, 5, 10, *cfg.eval.top_k}} | {f"tar@{far:g}": far for far in cfg.eval.fars}
     ranks = np.minimum(np.arange(1, gallery + 1), moco.last_rank(cfg.eval) + 1)
     chance |= {"auc": 0.5, "eer": 0.5, "mrr": float((1 / ranks).mean())}
-    refused = [f"{name} of the pairs" for name in metrics["pair_protocol"].get("refused", [])]
+    refused = [f"{figure} of the pairs of {name}" for name, its in metrics["pair_protocol"].items() for figure in its["refused"]]
     refused += metrics["refused"] + metrics["open_set"].get("refused", [])
     heading = f"## {os.path.relpath(files['metrics'], folder)}"
     values = {
@@ -1437,20 +1672,27 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
         places = f"{folder / asked_for}: no such file, nor {Path(asked_for).absolute()}"
         raise FileNotFoundError(f"{places}; command=embed writes it, or set eval.embeddings")
     log.info("measuring %s", path)
+    pairs = measure_benchmarks(path, cfg, folder)
     device, data = moco.pick_device(cfg.device), read_vectors(path)
     asked = check_provenance(path, data, cfg, folder)
     metrics, ours = moco.evaluate(data, cfg.eval, device)
     metrics |= {
         "identities_asked": asked, "embeddings": str(path), "made_from": data.note, "leaks": count_leaks(data, ours.drawn),
-        "pair_protocol": measure_pairs(cfg.eval.pairs, data, cfg.eval.fars),
+        "pair_protocol": pairs["trained"],
     }  # fmt: skip
+    metrics["pairs_mean"] = float(np.mean([one["accuracy"] for one in pairs["trained"].values()])) if pairs["trained"] else None
     if metrics["gallery"] <= max(cfg.eval.top_k):
         log.warning("only %d identities are enrolled: Rank-%d is always 1", metrics["gallery"], max(cfg.eval.top_k))
-    measured, data = {"trained": ours}, data._replace(vectors=np.empty((0, 0)))  # the next ones are as large: one at a time
+    measured, leads = {"trained": ours}, {}
+    data = data._replace(vectors=np.empty((0, 0)))  # the next ones are as large: one at a time
     for name in REFERENCES:
         if reference := read_reference(path, name, data):
             measured[name] = moco.measure(reference, cfg.eval, device)
-            metrics[name] = measured[name].figures() | {"pair_protocol": measure_pairs(cfg.eval.pairs, reference, cfg.eval.fars)}
+            metrics[name] = measured[name].figures() | {"pair_protocol": pairs.get(name, {})}
+            hits = [one.found.rank == 1 for one in (ours, measured[name])]
+            lead = moco.paired_difference(*hits, ours.people, cfg.eval.seed, cfg.eval.bootstrap)
+            metrics[name] |= moco.as_figures({"rank1_lead": lead})  # of the trained encoder
+            leads[name] = lead
     ranks = {"identity_id": data.names[ours.drawn.probes], "picture": data.keys[ours.drawn.probes], "rank": ours.found.rank}
     ranks = pa.table(ranks)
     with write_whole(files["ranks"]) as temporary:  # ranks beyond this one are not told apart
@@ -1459,6 +1701,9 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
     write_text(files["metrics"], json.dumps(metrics, indent=1))
     table = results_table(metrics, measured, cfg.eval)
     log.info("%s", table)
+    for name, lead in leads.items():  # what needs no training must be beaten
+        if not lead.low > 0:
+            log.warning("the trained encoder is not ahead of %s: Rank-1 %+.3f [%+.3f, %+.3f]", name, *lead)
     with not_vital("pictures of the results"):
         draw_results(files, data, measured, cfg, metrics["gallery"])
     write_report(folder, files, metrics, table, cfg)
@@ -1548,15 +1793,19 @@ def train_and_measure(cfg: Config, folder: Path, typed: set[str]) -> float:
     """The whole path in one process: table, train, embed, eval."""
     objective = train_for_objective(cfg, folder, typed)
     embed(cfg, folder, typed)
+    for pictures in filter(None, map(pictures_of, dataio.find_files(cfg.eval.pairs))):
+        embed(dataclasses.replace(cfg, embed=dataclasses.replace(cfg.embed, test_glob=str(pictures), out=None)), folder, typed)
     evaluate(cfg, folder, typed)
     return objective
 
 
 COMMANDS: dict[str, Callable[[Config, Path, set[str]], float | None]] = {
+    "pack": pack,
     "split": split,
     "check": check,
     "train": train_for_objective,
     "embed": embed,
+    "export": export,
     "eval": lambda cfg, folder, typed: evaluate(cfg, folder, typed) and None,
     "all": train_and_measure,
     "report": lambda cfg, folder, typed: report(cfg, cfg.report.runs or glob.escape(str(folder))),
@@ -1586,6 +1835,8 @@ def main(raw: DictConfig) -> float | None:
         if in_sweep():  # Hydra tells of the first failure alone, and only when all jobs are done
             log.error("%s failed: %s", folder, in_short(error))
         traceback.clear_frames(error.__traceback__)  # a sweep keeps the errors of its jobs, and they all that the jobs held
+        if isinstance(error, REFUSALS) and not in_sweep():
+            end_with(error)  # at once: Hydra would print a line before ours
         raise
     finally:
         if in_sweep() and raw.command in ("train", "eval", "all"):
@@ -1619,12 +1870,17 @@ def folder_name(dirname: str, overrides: list[str], sweep_dir: str, excluded: li
     return disk_name("_".join(item for item in varied if "/" not in item and len(item) <= 60), "_".join(varied))
 
 
+REFUSALS = (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException, yaml.YAMLError)  # told in one line
+
+
 def in_short(error: Exception) -> str:
     """What went wrong, without Hydra's search path and without its advice to add an unknown key by force."""
-    if isinstance(error, OverrideParseException):
-        key, equals, value = error.override.replace("\\", "\\\\").replace('"', '\\"').partition("=")
+    several = re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'", str(error))  # "a,b", "range(3)" without -m
+    if several or isinstance(error, OverrideParseException):
+        word = several[1] if several else error.override
+        key, equals, value = word.replace("\\", "\\\\").replace('"', '\\"').partition("=")
         spelling = shlex.quote(f'{key}="{value}"') if equals else f"command={key}" if key in COMMANDS else f"{key}=VALUE"
-        return f"{error.override}: cannot be read; write {spelling}"
+        return f"{word}: cannot be read; write {spelling}" + ", or add -m for a sweep over these values" * bool(several)
     if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark):
         return f"{mark.name}, line {mark.line + 1}: {error.problem!r}; write 'key: value', each key once, with spaces, no tabs"
     if not isinstance(error, HydraException | OmegaConfBaseException):
@@ -1634,9 +1890,31 @@ def in_short(error: Exception) -> str:
     return " ".join(lines) + "; see conf/ for what there is"
 
 
+def end_with(error: Exception) -> NoReturn:
+    sys.exit(f"sniperface: {in_short(error)}")
+
+
 def stop_at_once(number: int, frame: object) -> None:
     """SIGTERM outside the training loop ends like Ctrl-C: what is half written is taken away, and a line says how to go on."""
     raise KeyboardInterrupt(number)
+
+
+def check_flags(words: list[str]) -> None:
+    """Raise ValueError for a flag that Hydra has not, such as --epochs=3, with the setting of that name."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            get_args_parser().parse_args(words)
+    except SystemExit as error:
+        if not error.code:
+            raise
+        keys = lines_of(yaml.compose((CONF / "config.yaml").read_text()))
+        for flag, equals, value in (word.partition("=") for word in words if re.match(r"--?[a-z_.-]{3,}", word)):
+            name = flag.lstrip("-").replace("-", "_")
+            if found := next((key for key in keys if f".{key}".endswith(f".{name}")), None):
+                raise ValueError(f"{flag}{equals}{value}: settings have no dashes; write {found}={value or 'VALUE'}") from error
+        why = told.getvalue().strip().split("error: ")[-1]
+        raise ValueError(f"{why}; settings have no dashes, see conf/config.yaml") from error
 
 
 def start() -> None:
@@ -1646,12 +1924,13 @@ def start() -> None:
     os.environ[TYPED] = shlex.join(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra's own refusals arrive below as exceptions
     try:
+        check_flags(sys.argv[1:])
         main()
     except KeyboardInterrupt as stopped:
         print("sniperface: stopped; the same command goes on where it can", file=sys.stderr)
         sys.exit(128 + (stopped.args or (signal.SIGINT,))[0])
-    except (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        sys.exit(f"sniperface: {in_short(error)}")
+    except REFUSALS as error:
+        end_with(error)
 
 
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)

@@ -44,6 +44,7 @@ def test_a_path_may_begin_with_the_home_folder(monkeypatch):
         "embed.out", "eval.pairs", "eval.embeddings", "report.runs",
     ]  # fmt: skip
     found = flat(dataclasses.asdict(settings(*(f"{key}='~/a b/{key}*'" for key in keys))))
+    (found["eval.pairs"],) = found["eval.pairs"]
     assert [found[key] for key in keys] == [f"/home/me/a b/{key}*" for key in keys]
 
 
@@ -109,8 +110,8 @@ def test_a_wrong_value_names_the_key_what_was_given_and_what_is_allowed(override
 
 def test_a_batch_set_alone_takes_the_queue_along_and_says_so(caplog):
     cfg = settings("train.batch_size=4000", "moco.symmetric=true", "backbone=tiny", "experiment=demo")
-    assert cfg.moco.queue_size == 1024  # as asked, also in what the run saves
-    assert caplog.messages == ["moco.queue_size=1024 is less than the keys of one step: 8000 are kept"]
+    assert cfg.moco.queue_size == 512  # as asked, also in what the run saves
+    assert caplog.messages == ["moco.queue_size=512 is less than the keys of one step: 8000 are kept"]
     assert len(sniperface.build_model(cfg).queue) == 8000
     with pytest.raises(ValueError, match=r"moco\.queue_size=32768: must be >= 40000, .*train\.batch_size"):
         settings("train.batch_size=40000", "moco.queue_size=32768")
@@ -137,11 +138,10 @@ def test_a_mistake_in_an_experiment_file_is_told_with_file_and_line_and_cure(tex
     path.write_text(text)
     told, code = in_shell("--config-dir", str(tmp_path / "conf"), "experiment=mine", cwd=tmp_path)
     assert code == 1
-    told = told.strip().splitlines()
-    assert told[:-1] in ([], ["Error executing job with overrides: ['experiment=mine']"])  # Hydra's own line
-    assert told[-1].startswith(f"sniperface: {path}, line {line}: ")
-    assert found in told[-1]
-    assert told[-1].endswith(cure)
+    [told] = told.strip().splitlines()
+    assert told.startswith(f"sniperface: {path}, line {line}: ")
+    assert found in told
+    assert told.endswith(cure)
 
 
 def imports_of(name):
@@ -167,7 +167,8 @@ def test_nothing_is_unpickled_and_nothing_is_instantiated_from_a_name():
     for path in ROOT.glob("*.py"):
         source = path.read_text()
         assert "instantiate" not in source
-        assert "import pickle" not in source
+        assert ("import pickle" in source) == (path.name == "dataio.py")
+        assert set(re.findall(r"pickle\.\w+", source)) <= {"pickle._Unpickler"}, path  # under BinUnpickler, which looks no name up
         assert source.count("torch.load(") == source.count("weights_only=True"), path
 
 

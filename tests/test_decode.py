@@ -1,6 +1,7 @@
 """Decoding: every kind of picture upright and in its colours, bombs and rubbish refused."""
 
 import io
+import itertools
 import random
 import zlib
 from collections import Counter
@@ -56,7 +57,7 @@ def deep_grey(value, size=SIDE):
         (encode(deep_grey(0xABCD)), (0xAB, 0xAB, 0xAB)),
         (encode(deep_grey(0xABCD), "tiff"), (0xAB, 0xAB, 0xAB)),
         (encode(deep_grey(65535)), (255, 255, 255)),
-        (encode(deep_grey(255)), (0, 0, 0)),
+        (encode(deep_grey(255)), (255, 255, 255)),
         (encode(plain("CMYK", (0, 0, 0, 0)), "jpeg"), (255, 255, 255)),
         (encode(plain("CMYK", (0, 255, 255, 0)), "jpeg"), (255, 0, 0)),
         (encode(plain("L", 80), "jpeg"), (80, 80, 80)),
@@ -149,6 +150,55 @@ def test_a_colour_profile_that_is_rubbish_is_passed_over(kind):
     assert np.abs(decode(encode(plain("RGB", (90, 90, 90)), kind, icc_profile=b"rubbish")).astype(int) - 90).max() <= 1
 
 
+def segment(marker, content):
+    return b"\xff" + bytes([marker]) + (len(content) + 2).to_bytes(2) + content
+
+
+NAMES = [
+    b"ICC_PROFILE\0",
+    b"ICC_PROFILE\0\1",
+    b"JFIF\0",
+    b"Adobe",
+    b"MPF\0",
+    b"Photoshop 3.0\0",
+    b"http://ns.adobe.com/xap/1.0/\0",
+    b"",
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("marker", [*range(0xE0, 0xF0), 0xFE])
+def test_a_note_in_a_jpeg_that_is_too_short_never_costs_the_picture_nor_its_turn(marker):
+    pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
+    pixels[:8, :8] = 255
+    data = encode(pixels, "jpeg", exif=turned_exif(6))
+    for content in [name[:end] for name in NAMES for end in range(len(name) + 1)] + [name + b"8BIM\xff\xff" for name in NAMES]:
+        assert brightest_corner(data[:2] + segment(marker, content) + data[2:]) == (0, 1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tags_of_a_tiff_that_are_no_pixels_may_say_anything():
+    pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    exif = turned_exif(3)
+    exif.update({0x010E: "a text", 0x010F: "a maker", 0x8298: "a right"})
+    data = encode(pixels, "tiff", exif=exif, icc_profile=b"a profile", dpi=(72, 72))
+    at = int.from_bytes(data[4:8], "little")
+    for entry in range(at + 2, at + 2 + 12 * int.from_bytes(data[at : at + 2], "little"), 12):
+        if (tag := int.from_bytes(data[entry : entry + 2], "little")) in {270, 271, 282, 283, 296, 33432, 34675}:
+            for kind, where in itertools.product(range(1, 14), (0, len(data) - 1, len(data) + 99, 2**32 - 1)):
+                broken = b"".join(part.to_bytes(size, "little") for part, size in ((tag, 2), (kind, 2), (5, 4), (where, 4)))
+                assert (decode(data[:entry] + broken + data[entry + 12 :]) == pixels[::-1, ::-1]).all()
+
+
+def test_exif_of_an_avif_that_is_no_exif_is_passed_over():
+    need_codec("avif")
+    exif = Image.Exif()
+    exif[0x010F] = "a maker"
+    data, marks = encode(plain("RGB", (200, 30, 60)), "avif", exif=exif.tobytes()), exif.tobytes()[6:10]
+    assert data.count(marks) == 1
+    assert np.abs(decode(data.replace(marks, b"none")).astype(int) - (200, 30, 60)).max() <= 3
+
+
 def test_long_notes_do_not_cost_the_picture():
     notes = PngImagePlugin.PngInfo()
     notes.add_text("parameters", "x" * (2 << 20), zip=True)
@@ -202,7 +252,7 @@ def test_half_transparent_pixels_are_blended_before_the_picture_is_scaled():
 NUMBERS = [
     (np.float32, 0.0, 0), (np.float32, 0.5, 128), (np.float32, 1.0, 255),
     (np.int32, 0, 0), (np.int32, 77, 77), (np.int32, 255, 255), (np.int32, 257 * 171, 171), (np.int32, 65535, 255),
-    (np.uint16, 257 * 171, 171), (">u2", 257 * 171, 171), (np.uint16, 65535, 255), (np.uint16, 257, 1),
+    (np.uint16, 257 * 171, 171), (">u2", 257 * 171, 171), (np.uint16, 65535, 255), (np.uint16, 257, 1), (np.uint16, 77, 77),
 ]  # fmt: skip
 
 

@@ -152,6 +152,7 @@ def test_vectors_of_other_files_replace_neither_the_runs_own_nor_their_figures(p
     assert metrics == json.loads((run / "metrics_lfw.json").read_text())
     assert sniperface.evaluate(settings(*words, "eval.embeddings=embeddings/lfw.parquet"), run)["rank1"] == metrics["rank1"]
     assert {path: path.read_bytes() for path in kept} == kept
-    assert {path.name for path in (run / "embeddings").glob("lfw*")} == {"lfw.parquet", "lfw.untrained.parquet", "lfw.pca.parquet"}
+    written = {"lfw.parquet"} | {f"lfw.{name}.parquet" for name in sniperface.REFERENCES}
+    assert {path.name for path in (run / "embeddings").glob("lfw*")} == written
     assert (run / "report.md").read_text().startswith(report.strip())
     assert "## metrics_lfw.json" in (run / "report.md").read_text()

@@ -133,12 +133,13 @@ def test_a_pair_protocol_takes_the_threshold_from_the_other_folds_and_is_the_mai
     pairs = without_people(draw_pairs(path))
     pq.write_table(pa.table(pairs), tmp_path / "pairs.parquet")
     metrics = evaluate(tmp_path, path, f"eval.pairs={tmp_path}/pairs.parquet")
-    found = metrics["pair_protocol"]
-    assert metrics["pca"]["pair_protocol"]["accuracy"] < found["accuracy"]
+    found = metrics["pair_protocol"]["pairs"]
+    assert metrics["pca"]["pair_protocol"]["pairs"]["accuracy"] < found["accuracy"]
     for told in (caplog.text, (tmp_path / "report.md").read_text()):
-        assert re.search(r" {3}Accuracy of pairs +TAR at FAR 0\.1 +Rank-1 ", told)
-        assert f"trained     {found['accuracy']:.4f} +- {found['standard_error']:.4f}" in told
-        assert f"pca         {metrics['pca']['pair_protocol']['accuracy']:.4f} +- " in told
+        assert re.search(r"Accuracy of pairs +trained +pca +chance +TAR, trained\n", told)
+        row = f"pairs, 300          {found['accuracy']:.4f} +- {found['standard_error']:.4f}    "
+        assert row + f"{metrics['pca']['pair_protocol']['pairs']['accuracy']:.4f} +- " in told
+        assert told.index("Accuracy of pairs") < told.index("Rank-1 ")
     assert "tar@0.001 of the pairs" in (tmp_path / "report.md").read_text()
     assert found["pairs"] == 300
     assert found["chance"] == 0.5
@@ -202,14 +203,14 @@ def test_names_of_the_train_side_in_a_foreign_file_are_told_loudly(tmp_path, cap
 def test_names_that_repeat_between_people_need_the_identities_beside_them(tmp_path):
     path = write_vectors(tmp_path / "a.parquet")
     pq.write_table(pa.table(without_people(draw_pairs(path))), tmp_path / "plain.parquet")
-    wanted = evaluate(tmp_path, path, f"eval.pairs={tmp_path}/plain.parquet")["pair_protocol"]
+    wanted = evaluate(tmp_path, path, f"eval.pairs={tmp_path}/plain.parquet")["pair_protocol"]["plain"]
     names = [f"{n % PICTURES}.png" for n in range(PEOPLE * PICTURES)]
     path, protocol = write_vectors(tmp_path / "b.parquet", image_filename=names), tmp_path / "pairs.parquet"
     pairs = draw_pairs(path)
 
     def measured(pairs):
         pq.write_table(pa.table(pairs), protocol)
-        return evaluate(tmp_path, path, f"eval.pairs={protocol}")["pair_protocol"]
+        return evaluate(tmp_path, path, f"eval.pairs={protocol}")["pair_protocol"]["pairs"]
 
     in_folders = {
         f"image_filename_{s}": [f"{p}/{n}" for p, n in zip(pairs[f"identity_id_{s}"], pairs[f"image_filename_{s}"], strict=True)]
@@ -232,7 +233,7 @@ def test_a_name_that_stands_twice_outside_the_pairs_is_no_matter(tmp_path):
     names[spare[0]] = names[spare[-1]]
     pq.write_table(pa.table(pairs), tmp_path / "pairs.parquet")
     path = write_vectors(path, image_filename=names)
-    assert evaluate(tmp_path, path, f"eval.pairs={tmp_path}/pairs.parquet")["pair_protocol"]["pairs"] == 20
+    assert evaluate(tmp_path, path, f"eval.pairs={tmp_path}/pairs.parquet")["pair_protocol"]["pairs"]["pairs"] == 20
 
 
 @pytest.mark.parametrize("people", [2, 3])
@@ -293,6 +294,14 @@ def test_a_file_of_figures_that_is_asked_for_names_its_pictures(tmp_path):
     ]
     elsewhere = sniperface.files_of_evaluation(settings("eval.embeddings=runs/b/embeddings/test_embeddings.parquet"), tmp_path)
     assert elsewhere["metrics"] == tmp_path / "metrics_test_embeddings.json"
+
+
+def test_no_two_files_of_figures_share_a_picture(tmp_path):
+    names = ["metrics.json", "metrics_x.json", "x.json", "a/x.json", "b/x.json", "a/metrics.json", f"{tmp_path.parent}/x.json"]
+    owned = [sniperface.files_of_evaluation(settings(f"eval.out={name}"), tmp_path) for name in names]
+    assert len({path for files in owned for path in files.values()}) == sum(map(len, owned))
+    assert sniperface.files_of_evaluation(settings("eval.out=./metrics.json"), tmp_path) == owned[0]
+    assert owned[3]["cmc"] == tmp_path / "a" / "x.cmc.png"
 
 
 def test_no_table_shows_a_negative_zero():

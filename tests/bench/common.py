@@ -4,7 +4,6 @@ Nothing here asserts a time: a table says what was measured, on which machine, b
 """
 
 import argparse
-import ctypes
 import functools
 import io
 import multiprocessing
@@ -83,23 +82,15 @@ def read_augmentation() -> dataio.AugmentConfig:
     return dataio.AugmentConfig(**{name: dataio.Op(**value) if isinstance(value, dict) else value for name, value in settings})
 
 
-def keep_freed_memory(keep: bool) -> None:
-    """The C library's memory as sniperface.configure_process sets it on the CPU, or as it sets itself after a few large tensors."""
-    libc = ctypes.CDLL(None)
-    for option, value in ((-4, 0 if keep else 65536), (-1, 2**31 - 1 if keep else 64 << 20), (-3, 32 << 20)):
-        libc.mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-
-
 def seconds_of(work: Callable[[], object]) -> float:
     start = clock()
     work()
     return clock() - start
 
 
-def rate_of(work: Callable[[], int], seconds: float, warm: int = 1, cores: int | None = None, keep: bool = not ON_GPU) -> float:
-    """The items a second that `work` says it did, over whole calls of it, on so many cores; `keep`: see `keep_freed_memory`."""
+def rate_of(work: Callable[[], int], seconds: float, warm: int = 1, cores: int | None = None) -> float:
+    """The items a second that `work` says it did, over whole calls of it, on so many cores."""
     wait = torch.cuda.synchronize if ON_GPU else lambda: None
-    keep_freed_memory(keep)
     usual = os.sched_getaffinity(0)
     os.sched_setaffinity(0, sorted(usual)[:cores])  # of what `work` starts, too
     for _ in range(warm):

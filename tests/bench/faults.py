@@ -81,6 +81,7 @@ def kill_runs(kills: int, rng: random.Random, data: Path, folder: Path) -> dict[
     assert exit_of(lambda: watched_run(watched, data)) == 0, "a run without faults failed"
     seconds, instants = time.monotonic() - start, (watched / "instants").read_text().splitlines()
     halves = [line.replace("before fsync", "half") for line in instants if line.startswith("before fsync .")]  # of temporary files
+    halves = [line for line in halves if ".last.pt" not in line and ".best.pt" not in line]  # links to files that are whole already
 
     def dies(instant: str) -> bool:
         return exit_of(lambda: (die_at(instant), whole_run(home, data)), PATIENCE_S) == KILLED

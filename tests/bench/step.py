@@ -113,7 +113,7 @@ def measure_step(name: str, args: argparse.Namespace) -> None:
     number, goal = ("9", ">= 2") if ON_GPU else ("8", ">= 3")
     what, rows = f"{name}, batch {len(images)}, queue {args.queue}", []
     for label, their in usual.items():
-        theirs = partial(rate_of, lambda their=their: their(*plain), args.seconds, keep=False)
+        theirs = partial(rate_of, lambda their=their: their(*plain), args.seconds)
         rows.append((number, f"{what}: step from ready views", step, f"usual, {label}", theirs, goal))
     if ON_GPU and name == "iresnet50":
         rows.append((number, f"{what}: step with augmentation", whole, "required", 3500.0, ">= 1"))

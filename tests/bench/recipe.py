@@ -1,0 +1,142 @@
+"""Recipes side by side: what an encoder learns from the same number of pictures, against what needs no training.
+
+    uv run python tests/bench/recipe.py FACES/first_*.parquet FACES/second_*.parquet [--rows small usynthface] [--seeds 1 2 3]
+
+Trains each row of ROWS with each seed by the program's own commands, measures it on pairs and by Rank-1, and prints a table with
+the paired difference of each row to the untrained encoder and to LBP. Choosing is done on validation identities; `--side test` is
+for the one figure that is reported. Rows that are finished stand in recipe.json and are not run again.
+"""
+
+import argparse
+import base64
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import common
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import dataio
+import moco
+import sniperface
+
+ROWS = {  # name -> overrides; further ones by `--rows "name: overrides"`
+    "small": "experiment=small",
+    "usynthface": "experiment=usynthface backbone=tiny data.cache=decoded train.epochs=12 train.amp=auto moco.queue_size=1024 "
+    "embed.flip=true",
+    "self": "experiment=small positives=self",
+    "no light": "experiment=small augment.light.p=0",
+    "T 0.07": "experiment=small moco.temperature=0.07",
+    "small, long": "experiment=small train.epochs=50",
+}
+FILE = Path(__file__).with_name("recipe.json")
+PAIRS, GENUINE_A_PERSON, FOLDS = 6000, 15, 10
+
+
+def write_pairs(vectors: dataio.VectorTable, path: Path) -> np.ndarray:
+    """Half genuine, both people of a pair in the same fold, fixed by a seed; gives the code of each pair's first person."""
+    rng, person = np.random.default_rng(0), np.unique(vectors.names, return_inverse=True)[1]
+    fold, genuine = rng.permutation(person.max() + 1) % FOLDS, []
+    for one in range(person.max() + 1):
+        rows = np.flatnonzero(person == one)
+        pairs = np.stack(np.triu_indices(len(rows), 1), axis=1)
+        genuine += rows[rng.permutation(pairs)[:GENUINE_A_PERSON]].tolist()
+    genuine = rng.permutation(np.array(genuine))[: PAIRS // 2]
+    drawn = rng.integers(len(person), size=(100 * PAIRS, 2))
+    strangers = drawn[(person[drawn[:, 0]] != person[drawn[:, 1]]) & (fold[person[drawn[:, 0]]] == fold[person[drawn[:, 1]]])]
+    a, b = np.concatenate([genuine, strangers[: len(genuine)]]).T
+    table = {"fold": fold[person[a]], "same": np.arange(len(a)) < len(genuine)}
+    for side, rows in (("a", a), ("b", b)):
+        table |= {f"image_filename_{side}": vectors.files[rows], f"identity_id_{side}": vectors.names[rows]}
+    pq.write_table(pa.table(table), path)
+    return person[a]
+
+
+def measure(vectors: dataio.VectorTable, pairs: Path, fars: list[float]) -> dict:
+    """Accuracy, TAR and Rank-1, and which of the pairs were judged rightly, as base64 of their bits."""
+    a, b, same, fold = dataio.read_pairs(pairs, vectors.names, vectors.files)
+    score = np.einsum("nd,nd->n", vectors.vectors[a], vectors.vectors[b])
+    found = moco.pair_accuracy(score, same, fold)
+    threshold = dict(zip(np.unique(fold).tolist(), found.threshold.tolist(), strict=True))
+    right = (score >= np.array([threshold[one] for one in fold.tolist()])) == same
+    return moco.pair_figures(score, same, fold, fars) | {"right": base64.b64encode(np.packbits(right)).decode()}
+
+
+def run_row(name: str, overrides: str, seed: int, args: argparse.Namespace) -> tuple[list[dict], list[int]]:
+    """Train, embed and measure: a row for the encoder and one for each reference, and the identity code of each pair."""
+    run = f"{name}_{seed}".replace(" ", "-").replace(",", "")
+    words = [
+        *overrides.split(), f"data.digiface_glob='{args.first}'", f"data.digi2real_glob='{args.second}'", "split.train_ratio=0.75",
+        "split.validation_ratio=0.15", f"split.out_dir={args.folder}/splits", f"data.cache_dir={args.folder}/cache", f"seed={seed}",
+        f"run_dir={args.folder}/runs/{run}", "train.keep_last=1", f"embed.split={args.side}", "embed.leak_check=false",
+    ]  # fmt: skip
+    program = [sys.executable, str(common.ROOT / "sniperface.py"), *words]
+    folder = args.folder / "runs" / run
+    for command in ("train", "embed", "eval"):
+        subprocess.run([*program, f"command={command}", f"eval.embeddings=embeddings/{args.side}_embeddings.parquet"], check=True)
+    log = sniperface.read_log(folder)[-1]
+    path, pairs = folder / "embeddings" / f"{args.side}_embeddings.parquet", args.folder / f"{args.side}_pairs.parquet"
+    metrics = json.loads(next(folder.glob("metrics*.json")).read_text())
+    rows = []
+    for encoder in ("trained", *sniperface.REFERENCES):
+        vectors = sniperface.read_vectors(path if encoder == "trained" else sniperface.reference_path(path, encoder))
+        people = write_pairs(vectors, pairs)
+        figures = metrics if encoder == "trained" else metrics[encoder]
+        rows.append({
+            "row": name if encoder == "trained" else encoder, "seed": seed, "side": args.side, "overrides": overrides,
+            "seen": log["step"] * int(sniperface.read_saved_settings(folder / "config.yaml")["train"]["batch_size"]),
+            "minutes": round(log["seconds"] / 60, 1), "rank1": figures["rank1"], "monitor": log.get("monitor_loss"),
+            **measure(vectors, pairs, [1e-2]),
+        })  # fmt: skip
+    return rows, people.tolist()
+
+
+def judged(rows: list[dict]) -> np.ndarray:
+    """Share of the seeds that judged each pair rightly [N]."""
+    return np.mean([np.unpackbits(np.frombuffer(base64.b64decode(row["right"]), np.uint8))[: row["pairs"]] for row in rows], axis=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("first", nargs="?", help="parquet pattern of the first source; without it the finished rows are printed")
+    parser.add_argument("second", nargs="?", help="parquet pattern of the second source")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS)[:2], help="names of ROWS, or 'name: overrides'")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--side", choices=("val", "test"), default="val")
+    parser.add_argument("--folder", type=lambda path: Path(path).absolute(), default="recipe_runs")
+    args = parser.parse_args()
+    done, people = json.loads(FILE.read_text()).values() if FILE.exists() else ([], {})
+    for text in args.rows if args.first else ():
+        name, _, overrides = text.partition(": ")
+        for seed in args.seeds:
+            known = {(row["row"], row["seed"], row["side"]) for row in done}
+            if (name, seed, args.side) not in known:
+                args.folder.mkdir(parents=True, exist_ok=True)
+                found, people[args.side] = run_row(name, overrides or ROWS[name], seed, args)
+                done += [row for row in found if (row["row"], seed, args.side) not in known]
+                lines = ",\n".join(map(json.dumps, done))
+                FILE.write_text(f'{{"rows": [\n{lines}\n],\n"people": {json.dumps(people)}}}\n')
+    rows = [row for row in done if row["side"] == args.side]
+    names = list(dict.fromkeys(row["row"] for row in rows))
+    base: dict[str, list] = {name: [row for row in rows if row["row"] == name] for name in names}
+    titles = ("seeds", "pictures seen", "accuracy", "TAR at FAR 1e-2", "Rank-1", "beside untrained", "beside LBP")
+    print(f"| row, {args.side} identities | {' | '.join(titles)} |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, its in sorted(base.items(), key=lambda item: np.mean([row["accuracy"] for row in item[1]])):
+        mean = {key: 100 * float(np.mean([row[key] for row in its])) for key in ("accuracy", "tar@0.01", "rank1")}
+        beside = []
+        for other in ("untrained", "lbp"):
+            shared = {row["seed"] for row in its} & {row["seed"] for row in base[other]}
+            pair = [judged([row for row in side if row["seed"] in shared]) for side in (its, base[other])] if shared else None
+            change = moco.paired_difference(*pair, np.array(people[args.side]), 0) if pair and name != other else None
+            beside.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * v for v in change)) if change else "")
+        seen = its[0]["seen"] if name not in sniperface.REFERENCES else 0
+        figures = " | ".join(f"{value:.1f}" for value in mean.values())
+        print(f"| {name} | {len(its)} | {seen:,} | {figures} | {' | '.join(beside)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""Whitened vectors, LBP, and positives beyond the same picture."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import encode, write_rows
+from runs import SOURCES, assert_same, assert_same_run, bits, settings, state_of, train
+
+import dataio
+import moco
+import sniperface
+from dataio import DecodedCache, ParquetImageStream, Partners, load_batches
+
+
+def lbp_by_a_plain_loop(view) -> np.ndarray:
+    """Counts [3, 81, 59] for one picture [3, 112, 112], neighbour by neighbour."""
+    grey = np.tensordot([0.299, 0.587, 0.114], view.double().numpy(), 1)[8:104, 8:104]
+    padded = np.pad(grey, ((0, 1), (0, 1)), mode="edge")  # a weight of zero needs a pixel, too
+    jumps = [sum((b >> i & 1) != (b >> (i + 1) % 8 & 1) for i in range(8)) for b in range(256)]
+    uniform = [b for b in range(256) if jumps[b] <= 2]
+    counts = np.zeros((3, 81, 59))
+    for radius in (1, 2, 3):
+        for y in range(3, 93):
+            for x in range(3, 93):
+                code = 0
+                for bit in range(8):
+                    at_y, at_x = y - radius * math.sin(math.pi * bit / 4), x + radius * math.cos(math.pi * bit / 4)
+                    top, left = math.floor(at_y + 1e-9), math.floor(at_x + 1e-9)
+                    down, right = at_y - top, at_x - left
+                    upper = (1 - right) * padded[top, left] + right * padded[top, left + 1]
+                    lower = (1 - right) * padded[top + 1, left] + right * padded[top + 1, left + 1]
+                    code |= int((1 - down) * upper + down * lower > grey[y, x] - moco.TIE) << bit
+                label = uniform.index(code) if code in uniform else 58
+                counts[radius - 1, (y - 3) // 10 * 9 + (x - 3) // 10, label] += 1
+    return counts
+
+
+def test_lbp_counts_what_a_plain_loop_counts():
+    view = torch.rand(1, 3, 112, 112, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    found = moco.lbp_histograms(view)[0] ** 2
+    assert len(found) == 14337
+    assert torch.allclose(found.view(3, 81, 59).sum(2), torch.tensor(100.0), atol=1e-3)  # each pixel of a cell once
+    assert np.abs(found.numpy().reshape(3, 81, 59) - lbp_by_a_plain_loop(view[0])).sum() < 0.1
+
+
+def test_lbp_does_not_change_with_brightness_and_contrast():
+    view = torch.rand(2, 3, 112, 112, generator=torch.Generator().manual_seed(1)) - 0.5
+    changed = (moco.lbp_histograms(view) ** 2 - moco.lbp_histograms(view * 0.6 + 0.2) ** 2).abs().sum(1) / 2
+    assert (changed < 0.01 * 24300).all()
+
+
+def rows_with_hidden_direction(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [n, 16] that a loud direction sets apart, and people whom only a faint one tells."""
+    generator = torch.Generator().manual_seed(0)
+    person = torch.arange(count) % 2
+    rows = 0.01 * torch.randn(count, 16, generator=generator)
+    rows[:, 0] = 5 * torch.randn(count, generator=generator)
+    rows[:, 1] = 0.2 * (2.0 * person - 1)
+    return rows, person
+
+
+def test_whitening_brings_out_what_lies_in_little_variance():
+    rows, person = rows_with_hidden_direction(4000)
+    white = moco.fit_whitening(rows)(rows)
+    assert white.shape == (4000, 512)
+    assert torch.allclose(white.norm(dim=1), torch.ones(4000))
+    assert not white[:, 16:].any()  # padded
+    same = person[:, None] == person
+
+    def gap(vectors):
+        cosines = F.normalize(vectors) @ F.normalize(vectors).T
+        return float(cosines[same].mean() - cosines[~same].mean())
+
+    assert gap(rows) < 0.1
+    assert gap(white) > 2 * gap(rows)
+
+
+def test_a_whitening_of_few_rows_is_told_and_shrunk_harder(caplog):
+    rows, _ = rows_with_hidden_direction(4000)
+    few = moco.fit_whitening(rows[:100])
+    assert "a whitening of 100 pictures is rough" in caplog.text
+    assert few.basis[:, 15].norm() < moco.fit_whitening(rows).basis[:, 15].norm()
+    assert few(rows[:3]).isfinite().all()
+
+
+def groups_of_rows(people: int, each: int, spread: float) -> tuple[torch.Tensor, np.ndarray]:
+    generator = torch.Generator().manual_seed(0)
+    centre = torch.randn(people, 64, generator=generator).repeat_interleave(each, 0)
+    return F.normalize(centre + spread * torch.randn(centre.shape, generator=generator)), np.repeat(np.arange(people), each)
+
+
+def test_mutual_neighbours_are_linked_best_first_and_both_ways():
+    vectors, person = groups_of_rows(50, 4, 0.8)
+    links = moco.mutual_links(vectors, neighbours=3, keep=0.5)
+    rows, places = (links.partners >= 0).nonzero(as_tuple=True)
+    partners = links.partners[rows, places]
+    assert (links.partners[partners] == rows[:, None]).any(1).all()
+    assert (person[rows] == person[partners]).mean() > 0.95
+    assert (links.partners[:, 1:] <= links.partners[:, :-1]).all()  # those that are none stand last
+    every = moco.mutual_links(vectors, neighbours=3, keep=1.0)
+    assert links.count == pytest.approx(every.count / 2, abs=2)
+    cosines = vectors @ vectors.T
+    kept = cosines[rows, partners]
+    others = [cosines[a, b] for a, row in enumerate(every.partners) for b in row if b >= 0 and b not in links.partners[a]]
+    assert kept.min() >= max(others)
+
+
+def test_the_closure_of_links_falls_with_the_share_of_right_ones():
+    found = [moco.mutual_links(groups_of_rows(200, 5, spread)[0], 3, 0.5).closure for spread in (0.5, 1.0, 1.5, 2.5)]
+    assert found == sorted(found, reverse=True)
+    assert found[0] > found[-1] + 0.2
+
+
+def test_better_vectors_are_taken_up_with_more_links_and_worse_ones_are_not():
+    good, middling, bad = (groups_of_rows(200, 5, spread)[0] for spread in (0.7, 1.2, 3.0))
+    first = moco.mutual_links(middling, 3, 0.2)
+    better = moco.mutual_links(good, 3, 0.2, at_least=first)
+    assert better.closure >= first.closure
+    assert better.count > first.count
+    assert moco.mutual_links(bad, 3, 0.2, at_least=first) is None
+
+
+def test_equal_rows_and_rows_without_neighbours_make_no_harm():
+    vectors = F.normalize(torch.cat([torch.ones(20, 8), torch.eye(8)]))
+    links = moco.mutual_links(vectors, 3, 1.0)
+    own = torch.arange(len(vectors))[:, None]
+    assert (links.partners != own).all()
+
+
+def test_an_approximate_search_finds_nearly_all_of_the_nearest(monkeypatch):
+    vectors, _ = groups_of_rows(1000, 5, 1.0)
+    exact = moco.nearest_rows(vectors.numpy(), 3)[1]
+    monkeypatch.setattr(moco, "EXACT_ROWS", 1000)
+    found = moco.nearest_rows(vectors.numpy(), 3)[1]
+    assert np.mean([np.isin(a, b).mean() for a, b in zip(exact, found, strict=True)]) > 0.9
+
+
+@pytest.mark.parametrize("p", [0.0, 0.6, 1.0])
+def test_partners_are_pictures_that_are_linked(make_stream, tmp_path, p):
+    caches = [DecodedCache(make_stream(n), tmp_path) for n in (60, 40)]
+    table = np.full((100, 2), -1)
+    table[:50, 0] = np.arange(50, 100)  # of either source with one of the other
+    table[50:, 0] = np.arange(50)
+    table[30:50], table[80:] = -1, -1
+    sources = [Partners(caches, number, table, p) for number in (0, 1)]
+    drawn = [[min(16 * step, 60), min(16 * step, 40)] for step in range(5)]
+    pairs = zip(*(load_batches(s, drawn.__getitem__, 0, 4) for s in (caches, sources)), strict=True)
+    pictures = np.concatenate([cache.images for cache in caches])
+    row_of = {picture.tobytes(): row for row, picture in enumerate(pictures)}
+    chosen = []
+    for images, others in pairs:
+        for image, other in zip(images.permute(0, 2, 3, 1), others.permute(0, 2, 3, 1), strict=True):
+            row, partner = (row_of[side.contiguous().numpy().tobytes()] for side in (image, other))
+            assert partner in (row, table[row, 0])
+            chosen += [partner != row] * int(table[row, 0] >= 0)
+    assert np.mean(chosen) == pytest.approx(p, abs=0.2 * (0 < p < 1))
+
+
+@pytest.fixture
+def make_stream(tmp_path):
+    """Streams of so many random pictures of 8 x 8."""
+    rng, made = np.random.default_rng(0), []
+
+    def make(count: int) -> ParquetImageStream:
+        pictures = [encode(rng.integers(0, 256, (8, 8, 3), np.uint8)) for _ in range(count)]
+        made.append(tmp_path / f"{len(made)}.parquet")
+        rows = [{"identity_id": f"{n // 4}", "image_filename": f"{n}", "image_bytes": data} for n, data in enumerate(pictures)]
+        write_rows(made[-1], rows)
+        return ParquetImageStream(str(made[-1]), image_size=8, seed=len(made))
+
+    return make
+
+
+MUTUAL = ("positives=mutual", "data.cache=decoded", "positives.every_epochs=1", "positives.keep=1")
+
+
+def test_a_run_with_linked_pictures_goes_on_to_the_same_bits(words, tmp_path):
+    train(words, tmp_path / "whole", *MUTUAL)
+    whole = state_of(tmp_path / "whole")
+    assert moco.Links(*whole["links"]["lbp"]).count > 0
+    steps = whole["step"] // 2
+    train(words, tmp_path / "parts", *MUTUAL, f"train.max_steps={steps - 2}")
+    train(words, tmp_path / "parts", *MUTUAL, f"train.max_steps={steps}")  # where the links are found anew
+    train(words, tmp_path / "parts", *MUTUAL, f"train.max_steps={steps + 3}")
+    train(words, tmp_path / "parts", *MUTUAL)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_links_are_judged_by_how_often_the_same_cosine_joins_one_person():
+    first, others = groups_of_rows(200, 5, 1.0), groups_of_rows(60, 5, 1.2)
+    links = moco.judge_links(moco.mutual_links(first[0], 3, 0.3), *others)
+    cosines, person = others[0] @ others[0].T, others[1]
+    nearest = cosines.fill_diagonal_(-2).topk(3).indices
+    pairs = [(a, b) for a in range(300) for b in nearest[a].tolist() if a in nearest[b] and cosines[a, b] >= links.least]
+    assert links.right == pytest.approx(np.mean([person[a] == person[b] for a, b in pairs]))
+    assert links.covered == pytest.approx(len({a for a, _ in pairs}) / 300)
+    assert 0 < links.covered < 1
+
+
+def test_the_links_of_validation_pictures_are_logged_and_change_nothing(words, tmp_path, monkeypatch):
+    sides = ("split.validation_ratio=0.3", f"split.out_dir={tmp_path}/splits", "split.materialize=no", "seed=3", *MUTUAL)
+    train(words, tmp_path / "judged", *sides)
+    lines = sniperface.read_log(tmp_path / "judged")
+    assert all(0 <= line["links_covered"] <= 1 and line["links"] > 0 for line in lines)
+    monkeypatch.setattr(moco, "judge_links", lambda links, *_: links)
+    train(words, tmp_path / "unjudged", *sides)
+    judged, unjudged = (state_of(tmp_path / run)["model"] for run in ("judged", "unjudged"))
+    assert_same(*(bits(model) for model in (judged, unjudged)))
+
+
+def test_linked_pictures_need_a_cache():
+    with pytest.raises(ValueError, match=r"^positives=mutual: .* set data\.cache=decoded"):
+        settings("positives=mutual")
+
+
+def test_the_final_and_the_best_checkpoint_hold_their_own_whitening(words, tmp_path):
+    train(words, tmp_path)
+    final, best = (sniperface.load_checkpoint(tmp_path / "checkpoints" / f"{name}.pt") for name in ("last", "best"))
+    for state in (final, best):
+        assert state["whitening"]["basis"].shape == (512, 512)
+    same = torch.equal(final["whitening"]["basis"], best["whitening"]["basis"])
+    assert same == (final["step"] == best["step"])
+
+
+def test_a_whitening_that_a_kill_prevented_is_made_by_the_same_command(words, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sniperface, "fit_whitening", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            train(words, tmp_path / "parts", "data.cache=decoded")
+    assert "whitening" not in state_of(tmp_path / "parts")
+    for run in ("parts", "whole"):
+        train(words, tmp_path / run, "data.cache=decoded")
+    assert_same(*(bits(state_of(tmp_path / run)["whitening"]) for run in ("parts", "whole")))
+
+
+def test_a_finished_run_without_a_best_checkpoint_or_a_whitening_gets_one_when_it_is_asked_for(words, tmp_path):
+    train(words, tmp_path, "embed.whiten=none")
+    assert "whitening" not in state_of(tmp_path)
+    (tmp_path / "checkpoints" / "best.pt").unlink()
+    train(words, tmp_path)
+    assert "whitening" in state_of(tmp_path)
+    assert not (tmp_path / "checkpoints" / "best.pt").exists()
+
+
+def test_vectors_are_whitened_from_the_checkpoint_else_by_the_train_rows_else_not(words, people, tmp_path, caplog):
+    train(words, tmp_path)
+    out = tmp_path / "embeddings" / "test_embeddings.parquet"
+
+    def vectors(*more: str) -> np.ndarray:
+        cfg = settings(*words, "embed.leak_check=false", *more)
+        sniperface.embed(cfg, tmp_path, sniperface.typed_keys(more))
+        return dataio.read_vectors(out).vectors
+
+    stored, raw = vectors(), vectors("embed.whiten=none")
+    assert not np.allclose(stored, raw, atol=1e-2)
+    path = tmp_path / "checkpoints" / "last.pt"
+    state = sniperface.load_checkpoint(path)
+    whitening = moco.Whitening(**state.pop("whitening"))
+    assert np.allclose(whitening(torch.from_numpy(raw)).numpy(), stored, atol=1e-5)
+    sniperface.write_checkpoint(state, path)
+    assert np.allclose(vectors(), stored, atol=1e-3)  # fitted to the same pictures in another order
+    gone = [f"data.{source}_glob={tmp_path}/gone.parquet" for source in SOURCES]
+    given = f"embed.test_glob={people}/digi2real_*.parquet", f"embed.out={out}"
+    raw = vectors(*given, "embed.whiten=none", "embed.references=false")
+    assert np.allclose(vectors(*given, *gone), raw, atol=1e-6)
+    assert "no references and no whitening, the run's train data is not here" in caplog.text
