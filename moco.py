@@ -1,7 +1,7 @@
 """Tensors and vectors: the encoder, the method that trains it, and the measures of what it learnt.
 
 Takes views as float [B, 3, S, S] in [-1, 1] and gives a loss and unit vectors; takes unit vectors and gives figures with
-intervals. Knows no files, no parquet, no Hydra.
+intervals. Knows no parquet and no Hydra, and of files those that hold an encoder.
 
 Measuring: `enrol` draws who is in the gallery, `build_gallery` makes templates, `search` ranks them for each probe, `count_pairs`
 scores every probe against every template. `closed_set`, `verification` and `open_set` turn these into columns: a name and one
@@ -15,12 +15,16 @@ Wang and Isola 2020 (arXiv:2005.10242), RankMe (arXiv:2210.02885).
 
 import copy
 import hashlib
+import importlib.util
 import itertools
+import json
 import logging
 import math
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,7 +84,8 @@ class PReLUOnLines(torch.autograd.Function):
 
 class PReLU(nn.PReLU):
     def forward(self, x: Tensor) -> Tensor:
-        return PReLUOnLines.apply(x, self.weight) if x.device.type == "cpu" else super().forward(x)
+        on_lines = x.device.type == "cpu" and not torch.compiler.is_exporting()  # to others it is one operation
+        return PReLUOnLines.apply(x, self.weight) if on_lines else super().forward(x)
 
 
 class IBasicBlock(nn.Module):
@@ -447,6 +452,7 @@ def judge_links(links: Links, vectors: Tensor, person: np.ndarray) -> Links:
 
 @dataclass
 class TrainConfig:
+    init: str | None
     epochs: int = field(metadata={"at_least": 1})
     batch_size: int = field(metadata={"at_least": 2})
     lr: float = field(metadata={"above": 0})
@@ -461,6 +467,7 @@ class TrainConfig:
     min_spread: float = field(metadata={"at_least": 0, "below": 1})
     min_gap: float = field(metadata={"at_least": 0, "below": 1})
     when_stuck: str = field(metadata={"one_of": ("warn", "stop")})
+    probe_every_epochs: int | None = field(metadata={"at_least": 1})
     log_every: int = field(metadata={"at_least": 1})
     save_every_epochs: int = field(metadata={"at_least": 1})
     save_every_steps: int | None = field(metadata={"at_least": 1})
@@ -612,7 +619,7 @@ class Training:
         for view_q, view_k, generator in pairs:
             torch.manual_seed(generator.initial_seed())  # for dropout
             with self.autocast():
-                if not filled:  # cold statistics make worse keys than no guard at all
+                if not filled and not self.cfg.init:  # cold statistics make worse keys than no guard at all
                     calibrate_batchnorm(model.query, [view_q])
                     model.key.load_state_dict(model.query.state_dict())
                 keys = model.encode_keys(view_k, generator)
@@ -624,12 +631,12 @@ class Training:
     @torch.no_grad()
     def renew_links(
         self, pictures: Callable[[], Iterable[Tensor]], rows: int, cfg: PositivesConfig,
-        others: Callable[["Encoder"], tuple[Tensor, np.ndarray]] | None = None,
+        others: Callable[["Encoder"], Any] | None = None,
     ) -> None:  # fmt: skip
         """Link mutual neighbours by LBP and, from the second time on, by the encoder, as soon as it closes as many triangles.
 
         pictures: gives all train pictures, so many rows, as views [n, 3, S, S] without augmentation, each time in the same order.
-        others: gives vectors and people of validation pictures, by which the links are judged; nothing depends on it.
+        others: gives `vectors` [n, D] and `names` of validation pictures, by which links are judged; nothing depends on it.
         """
         name, model = "encoder" if self.links else "lbp", self.model.eval()
 
@@ -647,7 +654,8 @@ class Training:
         found = mutual_links(vectors, cfg.neighbours, cfg.keep, at_least=self.links.get("lbp"))
         self.links.pop("encoder", None)
         if found:
-            self.links[name] = judge_links(found, *others(encode)) if others else found
+            faces = others and others(encode)
+            self.links[name] = judge_links(found, torch.from_numpy(faces.vectors), faces.names) if faces else found
         model.train()
         log.info("positives by %s: %s", *self.links_in_use)
 
@@ -705,7 +713,7 @@ def signs_of_failure(entry: dict, untrained: float, cfg: TrainConfig, warmed_up:
 
 # ---- Frozen encoders: the trained one, and what it must beat ----
 
-Encoder = Callable[[Tensor], Tensor]  # views float [n, 3, S, S] in [-1, 1], on its device -> unit rows float32 [n, D] on the CPU
+Encoder = Callable[[Tensor], Tensor]  # views float [n, 3, S, S] in [-1, 1], on its device -> unit rows float32 [n, D]
 PCA_SIDE_PX, PCA_COMPONENTS = 32, 128
 FEW_ROWS = 1000  # a whitening of fewer is shrunk harder
 SHRINKAGE, LBP_SHRINKAGE = 0.01, 1.0  # of encoders and of LBP: the best on validation identities of 0.003 to 3
@@ -745,15 +753,33 @@ def with_mirrored(describe: Callable[[Tensor], Tensor], flip: bool) -> Callable[
     return (lambda views: describe(views) + describe(views.flip(3))) if flip else describe
 
 
-def freeze(backbone: nn.Module, device: torch.device, flip: bool, whitening: Whitening | None = None) -> Encoder:
-    """A backbone as an encoder, in fp32, so that a vector does not depend on its batch; `flip` adds the mirrored picture."""
-    describe = with_mirrored(backbone.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), flip)
+class FrozenEncoder(nn.Module):
+    """From pictures to unit rows float32 [n, 512], in fp32, so that a vector does not depend on its batch.
 
-    def encode(views: Tensor) -> Tensor:
-        vectors = F.normalize(describe(views).float()).cpu()
-        return whitening(vectors) if whitening else vectors
+    Takes views float [n, 3, S, S] in [-1, 1], or RGB pictures as they are decoded, uint8 [n, S, S, 3]; anything else raises
+    ValueError. `flip` adds the vector of the mirrored picture.
+    """
 
-    return encode
+    def __init__(self, backbone: nn.Module, flip: bool, whitening: Whitening | None = None):
+        super().__init__()
+        self.backbone, self.flip = backbone, flip
+        self.register_buffer("mean", whitening and whitening.mean)
+        self.register_buffer("basis", whitening and whitening.basis)
+        self.eval().requires_grad_(False)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        decoded, shape = pictures.dtype == torch.uint8, pictures.shape[1:]
+        if len(shape) != 3 or shape != ((shape[1], shape[1], 3) if decoded else (3, shape[1], shape[1])):
+            found = f"{pictures.dtype} {list(pictures.shape)}".removeprefix("torch.")
+            raise ValueError(f"pictures: expected uint8 [n, S, S, 3] or float [n, 3, S, S] in [-1, 1], found {found}")
+        views = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1 if decoded else pictures
+        vectors = F.normalize(with_mirrored(self.backbone, self.flip)(views).float())
+        return vectors if self.mean is None else Whitening(self.mean, self.basis)(vectors)
+
+
+def freeze(backbone: nn.Module, device: torch.device, flip: bool, whitening: Whitening | None = None) -> FrozenEncoder:
+    """The backbone itself, from now on without gradient, as an encoder on `device`."""
+    return FrozenEncoder(backbone, flip, whitening).to(device, memory_format=torch.channels_last)
 
 
 def grey_of(views: Tensor) -> Tensor:
@@ -809,6 +835,169 @@ def fit_lbp(batches: Iterable[Tensor], flip: bool = True) -> Encoder:
     describe = with_mirrored(lbp_histograms, flip)
     whitening = fit_whitening(torch.cat([describe(views) for views in batches]), LBP_SHRINKAGE)
     return lambda views: whitening(describe(views))
+
+
+# ---- Encoders in files: ours, the public ones, and out to others ----
+
+PARITY = 1e-4  # by so much may a value of a unit vector differ outside torch
+EXTRA = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}  # packages of each format
+SEAL, DIGEST_BYTES = b"sha256:", 64
+
+
+def seal(path: Path) -> None:
+    """Append the SHA-256 of a file of `torch.save` to it, as the comment of its zip archive, which readers pass over.
+
+    The checksums in the archive are not enough: a flipped bit in its directory can pass for other values.
+    """
+    with open(path, "rb+") as file:
+        file.seek(-2, os.SEEK_END)  # the archive ends with the length of its comment, 0 until now
+        file.write((len(SEAL) + DIGEST_BYTES).to_bytes(2, "little"))
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.write(SEAL + digest.encode())
+
+
+def check_seal(path: Path) -> None:
+    """Raise ValueError if a file is not as it was when it was sealed, or was never sealed."""
+    data = np.memmap(path, np.uint8, "r")
+    told = bytes(data[-len(SEAL) - DIGEST_BYTES :])
+    if told != SEAL + hashlib.sha256(data[: -len(told)]).hexdigest().encode():
+        raise ValueError("does not match its checksum, or has none")
+
+
+def need_extra(formats: Iterable[str]) -> None:
+    """Raise ValueError, with what to type, where a package for one of `formats` is missing."""
+    packages = (package for name in formats for package in EXTRA.get(name, ()))
+    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+        told = "run with `uv run --extra export python sniperface.py ...`"
+        raise ValueError(f"{', '.join(missing)}: not installed; {told}")
+
+
+class Weights(NamedTuple):
+    """The encoder that a file holds."""
+
+    backbone: dict[str, Tensor]  # by the names of the public ArcFace iResNets, which are those of `IResNet`
+    config: BackboneConfig  # as the file notes it, else as names and shapes tell
+    flip: bool
+    whitening: Whitening | None
+    state: dict  # all that a checkpoint of ours holds; empty for other files
+
+
+def tensors_in(state: object, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors in nested dicts by their paths, such as model.query.backbone.conv1.weight."""
+    found = {}
+    for key, value in state.items() if isinstance(state, dict) else ():
+        found |= {f"{prefix}{key}": value} if isinstance(value, Tensor) else tensors_in(value, f"{prefix}{key}.")
+    return found
+
+
+def tell_backbone(weights: dict[str, Tensor]) -> BackboneConfig:
+    """The network that weights under the public names are of: its blocks by their names, its width and side by their shapes."""
+    layers = [len({name.split(".")[1] for name in weights if name.startswith(f"layer{stage}.")}) for stage in (1, 2, 3, 4)]
+    channels = weights["bn2.weight"].numel() if "bn2.weight" in weights else 512
+    pixels = weights["fc.weight"].numel() / EMBEDDING_DIM / channels if "fc.weight" in weights else 49  # of the last stage
+    return BackboneConfig(f"iresnet{2 * sum(layers) + 2}", layers, channels / 512, 16 * round(math.sqrt(pixels)), 0.0)
+
+
+def read_weights(path: str | Path) -> Weights:
+    """Read a checkpoint of a run, weights of an ArcFace iResNet (.pt, .pth), or what `command=export` wrote (.safetensors).
+
+    Tensors and plain values alone are read: nothing in the file is executed. Public files may hold the weights within others, as
+    `state_dict` or below `module.`. Raises ValueError for a damaged file, for one that holds no such encoder, and where an extra
+    is missing.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            need_extra(["safetensors"])
+            from safetensors import safe_open
+
+            with safe_open(path, "pt") as file:
+                state, noted = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            settings = json.loads(noted.get("sniperface", "{}"))
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            settings = {}
+            if isinstance(state, dict) and "config" in state:
+                check_seal(path)
+                settings = state["config"] | state["config"]["embed"]
+        tensors = tensors_in(state)
+        white = [tensors.pop(f"whitening.{name}", None) for name in Whitening._fields]
+        whitening = None if None in white else Whitening(*white)
+        last = next((name for name in tensors if name.endswith("features.weight")), None)
+        if last is None:
+            raise ValueError("holds no weights of an iResNet (conv1, bn1, prelu, layer1.0.bn1, ..., bn2, fc, features)")
+        prefix = last.removesuffix("features.weight")
+        backbone = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        config = BackboneConfig(**settings["backbone"]) if settings else tell_backbone(backbone)
+        return Weights(backbone, config, bool(settings.get("flip")), whitening, state if "config" in state else {})
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zipfile, pickle, torch and safetensors raise a dozen types for damaged files
+        raise ValueError(f"{path}: cannot be used: {' '.join(str(error).split())[:200]}") from error
+
+
+def put_weights(backbone: IResNet, weights: Weights, place: object) -> IResNet:
+    """Put all of the weights into all of `backbone`. Raises ValueError, with what does not fit, where that cannot be."""
+    needed = backbone.state_dict()
+    found = {name: value for name, value in needed.items() if name.endswith("num_batches_tracked")}  # old files have no counters
+    found |= weights.backbone
+    shapes = ((name, list(found[name].shape), list(needed[name].shape)) for name in needed.keys() & found.keys())
+    wrong = {
+        "missing": [name for name in needed if name not in found],
+        "unknown": [name for name in found if name not in needed],
+        "of another shape": sorted(f"{name} {has}, which must be {needs}" for name, has, needs in shapes if has != needs),
+    }
+    if any(wrong.values()):
+        told = "; ".join(f"{len(names)} {what}, such as {names[0]}" for what, names in wrong.items() if names)
+        of = weights.config
+        layers = ",".join(map(str, of.layers))
+        like = f"backbone.layers=[{layers}] backbone.width={of.width:g} backbone.input_size={of.input_size}"
+        raise ValueError(f"{place}: its weights do not fit this network: {told}. They look like those of {like}")
+    backbone.load_state_dict(found)
+    return backbone
+
+
+def load_encoder(path: str | Path, flip: bool | None = None) -> FrozenEncoder:
+    """The frozen encoder of a file that `read_weights` reads, on the CPU; `flip` as the file says unless given."""
+    weights = read_weights(path)
+    backbone = put_weights(build_backbone(weights.config), weights, path)
+    return freeze(backbone, torch.device("cpu"), weights.flip if flip is None else flip, weights.whitening)
+
+
+def public_weights(encoder: FrozenEncoder) -> dict[str, Tensor]:
+    """The backbone's tensors under the names of the public ArcFace iResNets, on the CPU."""
+    return {name: value.cpu().contiguous() for name, value in encoder.backbone.state_dict().items()}
+
+
+def save_safetensors(encoder: FrozenEncoder, path: Path, note: dict[str, str]) -> None:
+    """Write tensors and a note, from which `load_encoder` makes the same encoder."""
+    from safetensors.torch import save_file
+
+    white = {} if encoder.mean is None else {"whitening.mean": encoder.mean, "whitening.basis": encoder.basis}
+    save_file(public_weights(encoder) | {name: value.cpu().contiguous() for name, value in white.items()}, path, metadata=note)
+
+
+def save_onnx(encoder: FrozenEncoder, path: Path, pictures: Tensor, note: dict[str, str]) -> float:
+    """Write the encoder as ONNX, for any number of pictures like `pictures`; gives the largest difference to torch on these.
+
+    Input `pictures`, output `vectors`. Raises ValueError where onnxruntime gives values that differ by more than PARITY.
+    """
+    import onnxruntime
+
+    two = pictures[:1].repeat(2, 1, 1, 1)  # of one, the exporter would make a constant
+    batch = {0: torch.export.Dim("batch")}
+    names = {"input_names": ["pictures"], "output_names": ["vectors"]}
+    program = torch.onnx.export(encoder, (two,), dynamo=True, dynamic_shapes=(batch,), verbose=False, **names)
+    program.model.metadata_props.update(note)
+    program.save(path, external_data=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    parts = (pictures[:1], pictures)
+    theirs = np.concatenate([session.run(["vectors"], {"pictures": part.numpy()})[0] for part in parts])
+    apart = float(np.abs(theirs - torch.cat([encoder(part) for part in parts]).numpy()).max())
+    if not apart <= PARITY:
+        raise ValueError(f"onnxruntime's vectors differ from torch's by up to {apart:.1e}, allowed is {PARITY:g}: not exported")
+    return apart
 
 
 # ---- Vectors and enrolment ----

@@ -1,17 +1,17 @@
 """SniperFace: train a face encoder without labels, export its vectors, measure it on identities it has never seen.
 
-    uv run python sniperface.py [command=pack|split|check|train|embed|eval|all|report] [overrides]
+    uv run python sniperface.py [command=pack|split|check|train|embed|eval|all|report|export] [overrides]
 
 Each command below reads from top to bottom; what it decodes, builds or computes is in dataio.py and moco.py. Settings and what each
 one means: conf/config.yaml. Everything a run makes is in runs/<run>/.
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import gc
 import glob
-import hashlib
 import importlib.metadata
 import importlib.util
 import io
@@ -85,8 +85,16 @@ class ReportConfig:
 
 
 @dataclass
+class ExportConfig:
+    out: str
+    formats: list[str] = field(metadata={"one_of": ("onnx", "safetensors", "pt")})
+    input: str = field(metadata={"one_of": ("uint8", "float")})
+    parity_pictures: int = field(metadata={"at_least": 1})
+
+
+@dataclass
 class Config:
-    command: str = field(metadata={"one_of": ("pack", "split", "check", "train", "embed", "eval", "all", "report")})
+    command: str = field(metadata={"one_of": ("pack", "split", "check", "train", "embed", "eval", "all", "report", "export")})
     run: str
     run_dir: str
     seed: int = field(metadata={"at_least": 0})
@@ -104,6 +112,7 @@ class Config:
     embed: EmbedConfig
     eval: moco.EvalConfig
     report: ReportConfig
+    export: ExportConfig
 
 
 LIMITS: dict[str, tuple[str, Callable]] = {
@@ -155,6 +164,8 @@ def check_together(cfg: Config, typed: Iterable[str]) -> None:
     for name, op in cfg.augment.ops.items():
         if op.low > op.high or (op.low <= 0 and name in ("zoom", "aspect")):
             raise ValueError(f"augment.{name}: low={op.low} must be <= high={op.high}, and > 0 for zoom and aspect")
+    if cfg.train.probe_every_epochs and not cfg.split.validation_ratio:
+        raise ValueError(f"train.probe_every_epochs={cfg.train.probe_every_epochs}: needs split.validation_ratio above 0")
     if cfg.positives.name != "self" and cfg.data.cache == "none":
         raise ValueError(f"positives={cfg.positives.name}: the linked pictures are taken from a cache; set data.cache=decoded")
     if cfg.eval.out and not cfg.eval.out.endswith(".json"):  # else x and x.json would share their pictures
@@ -221,8 +232,8 @@ NOT_THE_RESULT = (                                           # settings that may
     "command", "run", "run_dir", "device", "deterministic", "pack", "data.digiface_glob", "data.digi2real_glob",
     "data.workers", "data.cache", "data.cache_dir", "data.batch_read_rows", "data.max_bad_fraction", "split.out_dir",
     "split.materialize", "train.compile", "train.max_steps", "train.min_spread", "train.min_gap", "train.when_stuck",
-    "train.log_every", "train.save_every_epochs", "train.save_every_steps", "train.keep_last", "train.resume", "train.extend",
-    "embed", "eval", "report",
+    "train.probe_every_epochs", "train.log_every", "train.save_every_epochs", "train.save_every_steps", "train.keep_last",
+    "train.resume", "train.extend", "embed", "eval", "report", "export",
 )  # fmt: skip
 
 
@@ -234,7 +245,7 @@ def differences(saved: dict, asked: dict) -> dict[str, tuple]:
 
 
 OF_EACH = ("command", "run", "run_dir")  # another one for each run and command
-ALWAYS_AS_ASKED = (*OF_EACH, "device", "pack", "embed", "eval", "report")
+ALWAYS_AS_ASKED = (*OF_EACH, "device", "pack", "embed", "eval", "report", "export")
 AS_TYPED = ("data", "split")  # where the data is now may be typed anew; else it is where the run was trained
 
 
@@ -321,48 +332,29 @@ def run_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-SEAL, DIGEST_BYTES = b"sha256:", 64
-
-
-def seal(path: Path) -> None:
-    """Append the SHA-256 of a file of `torch.save` to it, as the comment of its zip archive, which readers pass over.
-
-    The checksums in the archive are not enough: a flipped bit in its directory can pass for other values.
-    """
-    with open(path, "rb+") as file:
-        file.seek(-2, os.SEEK_END)  # the archive ends with the length of its comment, 0 until now
-        file.write((len(SEAL) + DIGEST_BYTES).to_bytes(2, "little"))
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        file.write(SEAL + digest.encode())
-
-
-def check_seal(path: Path) -> None:
-    """Raise ValueError if a file is not as it was when it was sealed, or was never sealed."""
-    data = np.memmap(path, np.uint8, "r")
-    told = bytes(data[-len(SEAL) - DIGEST_BYTES :])
-    if told != SEAL + hashlib.sha256(data[: -len(told)]).hexdigest().encode():
-        raise ValueError("does not match its checksum, or has none")
+def check_whole(state: object) -> None:
+    """Raise ValueError where something of a checkpoint is missing, or of another kind."""
+    kinds = {"model": dict, "config": dict, "meta": dict, "step": int, "optimizer": dict, "scaler": dict, "monitor": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(state, dict) or not isinstance(state.get(name), kind)]
+    if wrong or not {"table", "shards", "precision"} <= state["meta"].keys():
+        raise ValueError(f"not a whole checkpoint of this program: {wrong or 'meta'} is not as it writes it")
 
 
 def write_checkpoint(state: dict, path: Path) -> None:
     with write_whole(path) as temporary:
         try:
             torch.save(state, temporary)
-            seal(temporary)
+            moco.seal(temporary)
         except RuntimeError as error:  # torch's word for a full disk
             raise OSError(f"{path}: cannot be written ({first_line(error)}); is the disk full?") from error
 
 
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint: tensors and plain values, nothing in it is executed. Raises ValueError if damaged or foreign."""
-    kinds = {"model": dict, "config": dict, "meta": dict, "step": int, "optimizer": dict, "scaler": dict, "monitor": dict}
     try:
-        check_seal(path)
+        moco.check_seal(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        wrong = [name for name, kind in kinds.items() if not isinstance(state, dict) or not isinstance(state.get(name), kind)]
-        if wrong or not {"table", "shards", "precision"} <= state["meta"].keys():
-            raise ValueError(f"not a whole checkpoint of this program: {wrong or 'meta'} is not as it writes it")
+        check_whole(state)
         return state
     except Exception as error:  # zipfile, pickle and torch raise a dozen types for damaged files
         raise ValueError(f"{path}: cannot be used: {first_line(error)}") from error
@@ -395,7 +387,7 @@ def latest_checkpoint(folder: Path) -> dict | None:
 
 def find_checkpoint(name: str, folder: Path) -> Path:
     """`last`, `best`, `epoch_XX` of this run, or a path. Raises FileNotFoundError that says what there is."""
-    path = Path(name) if name.endswith(".pt") else folder / "checkpoints" / f"{name}.pt"
+    path = Path(name) if name.endswith((".pt", ".pth", ".safetensors")) else folder / "checkpoints" / f"{name}.pt"
     if not path.exists():
         there = ", ".join(sorted(p.stem for p in (folder / "checkpoints").glob("*.pt"))) or "none"
         raise FileNotFoundError(
@@ -534,7 +526,7 @@ def curve(axes, x, y, label: str, style: int = 0, **labels) -> None:
 
 
 def draw_training(folder: Path) -> None:
-    """train.png: the loss beside its chance level, cosines, top-1, spread, learning rate, share of DigiFace, the monitor."""
+    """train.png: the loss beside its chance level, cosines, top-1, probe, spread, learning rate, share of DigiFace, the monitor."""
     lines = read_log(folder)
     if not can_draw() or not lines:
         return
@@ -542,7 +534,7 @@ def draw_training(folder: Path) -> None:
     panels = (
         (("loss", "chance_loss"), "loss [nats]", {}),
         (("pos_sim", "neg_sim", "neg_max"), "cosine", {}),
-        (("instance_top1", "digiface_share", "links_right", "links_covered"), "share", whole),
+        (("instance_top1", "digiface_share", "probe_rank1", "probe_tar@0.01", "links_right", "links_covered"), "share", whole),
         (("spread",), "spread (1 even, 0 collapsed)", whole),
         (("lr",), "learning rate", {}),
         (("monitor_loss", "monitor_untrained"), "monitor loss [nats]", {}),
@@ -727,6 +719,7 @@ class Run(NamedTuple):
     training: moco.Training
     mix: dataio.CurriculumMixStream
     meta: dict  # split table, data and machine of this start
+    probe: dataio.Rows | None = None  # of the validation identities
 
     @property
     def schedule(self) -> dataio.Schedule:
@@ -749,21 +742,15 @@ class Run(NamedTuple):
         each, cfg, caches = self.schedule.steps_per_epoch, self.cfg.positives, self.mix.sources
         for first, last in itertools.pairwise([start, *range((start // each + 1) * each, stop, each), stop]):
             if first % (each * cfg.every_epochs) == 0:
-                rows, others = sum(map(len, caches)), self.describe_validation if self.cfg.split.validation_ratio else None
+                rows, others = sum(map(len, caches)), None
+                if self.cfg.split.validation_ratio:  # only to judge the links
+                    validation = dataio.find_rows(self.cfg.data, self.cfg.split, "val")
+                    others = functools.partial(describe_rows, validation, self.cfg, self.training.device)
                 self.training.renew_links(lambda: dataio.pictures_in(caches, self.training.device), rows, cfg, others)
             partners = self.training.links_in_use[1].partners.numpy()
             linked = [dataio.Partners(caches, number, partners, cfg.p) for number in range(len(caches))]
             others = dataio.mix_from_start(linked, self.schedule).batches(first, last, self.training.device, self.cfg.data.workers)
             yield from zip(self.batches(first, last), others, strict=True)
-
-    def describe_validation(self, encode: moco.Encoder) -> tuple[Tensor, np.ndarray]:
-        """Vectors of all validation pictures, and their people: for diagnoses, nothing in training depends on them."""
-        vectors, names = [], []
-        for index in dataio.find_rows(self.cfg.data, self.cfg.split, "val").indices.values():
-            for table, images in dataio.decoded_rows(index, self.cfg.data, self.cfg.embed.batch_size):
-                vectors.append(encode(dataio.to_float(images.to(self.training.device))))
-                names += table["identity_id"].to_pylist()
-        return torch.cat(vectors), np.array(names)
 
     def views(self, images: Tensor, purpose: str, step: int, others: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return dataio.two_views(images, self.cfg.augment, draw(self.cfg.seed, purpose, step), others)
@@ -774,6 +761,26 @@ def build_model(cfg: Config) -> moco.MoCo:
     return moco.build_moco(cfg.backbone, fitting, draw_seed(cfg.seed, "weights"))
 
 
+def start_model(cfg: Config, tables: list[str]) -> tuple[moco.MoCo, bool]:
+    """The model before the first step, and whether it may know faces of elsewhere: its weights are those of `train.init`, if any.
+
+    Raises ValueError for a run of another split table than `tables`: the test identities of this one may be in it.
+    """
+    model = build_model(cfg)
+    if not cfg.train.init:
+        return model, False
+    weights = moco.read_weights(cfg.train.init)
+    meta = weights.state.get("meta", {"table": None, "elsewhere": True})
+    if meta["table"] not in (None, *tables):
+        told = f"train.init={cfg.train.init} was trained with split table {meta['table']}, this is {tables[0]}"
+        raise ValueError(f"{told}: it may have seen the test identities; set split.out_dir to the table of that run")
+    moco.put_weights(model.query.backbone, weights, f"train.init={cfg.train.init}")
+    model.key.load_state_dict(model.query.state_dict())
+    if meta.get("elsewhere"):
+        log.warning("train.init=%s: nobody can tell here whether its weights have seen the test identities", cfg.train.init)
+    return model, meta.get("elsewhere", False)
+
+
 def draw_monitor(run: Run) -> list[tuple[Tensor, Tensor]]:
     """Fixed train pictures under fixed views that are harder than those of training, for `Training.measure_monitor`."""
     cfg = run.cfg
@@ -781,6 +788,47 @@ def draw_monitor(run: Run) -> list[tuple[Tensor, Tensor]]:
     images = torch.cat(list(run.batches(0, steps)))[: cfg.train.monitor_images]
     parts = enumerate(images.split(cfg.train.batch_size))
     return [dataio.two_views(part, cfg.augment.harder(), draw(cfg.seed, "monitor", i)) for i, part in parts]
+
+
+def find_probe(cfg: Config, tables: list[str]) -> dataio.Rows:
+    """The rows of the validation identities. Raises ValueError where they cannot be measured, or are of another split table."""
+    rows = dataio.find_rows(cfg.data, cfg.split, "val")
+    if tables[0] not in rows.tables:
+        told = f"validation identities of split table {rows.tables[0]}, train of {tables[0]}"
+        raise ValueError(f"{cfg.split.out_dir}: {told}; split anew")
+    names, _, keys = dataio.read_names(rows)
+    moco.enrol(names, keys, cfg.eval.enroll_per_id, cfg.eval.seed)
+    return rows
+
+
+def views_of(rows: dataio.Rows, cfg: Config, device: torch.device) -> Iterator[tuple[str, pa.Table, Tensor]]:
+    """Source, names and hashes, and views float [n, 3, S, S] in [-1, 1] of rows in their order; broken pictures are left out."""
+    for source, index in rows.indices.items():
+        for table, images in dataio.decoded_rows(index, cfg.data, cfg.embed.batch_size):
+            yield source, table, dataio.to_float(images.to(device))
+
+
+def describe_rows(rows: dataio.Rows, cfg: Config, device: torch.device, encode: moco.Encoder) -> dataio.VectorTable:
+    """Vectors of rows in memory, as a file of `embed` holds them."""
+    parts = [(source, table, encode(views).cpu()) for source, table, views in views_of(rows, cfg, device) if len(views)]
+    names, files = (
+        np.array([name for _, table, _ in parts for name in table[column].to_pylist()], str)
+        for column in ("identity_id", "image_filename")
+    )
+    sources = np.repeat([source for source, _, _ in parts], [len(table) for _, table, _ in parts])
+    return dataio.VectorTable(names, files, sources, torch.cat([vectors for *_, vectors in parts]).numpy(), None, {})
+
+
+def measure_probe(run: Run) -> dict[str, float]:
+    """Rank-1 and TAR@1e-2 of the validation identities, as eval measures them; a figure that they cannot support is left out.
+
+    Not whitened: a whitening is fitted when training ends.
+    """
+    cfg, device = run.cfg, run.training.device
+    encode = moco.freeze(copy.deepcopy(run.training.model.query.backbone), device, cfg.embed.flip)
+    faces = describe_rows(run.probe, cfg, device, encode)
+    found = moco.measure(faces, dataclasses.replace(cfg.eval, fars=[1e-2], bootstrap=100), device).rates
+    return {f"probe_{name}": round(found[name].value, 6) for name in ("rank1", "tar@0.01") if name in found}
 
 
 def start_afresh(run: Run, monitor: list[tuple[Tensor, Tensor]]) -> None:
@@ -919,6 +967,9 @@ def run_steps(run: Run, monitor: list[tuple[Tensor, Tensor]], last_step: int) ->
                 entry = step_figures(run, out, grad_norm, lr, momentum) | timer.lap()
                 if epoch_ends:
                     entry |= {"monitor_loss": training.monitor["last"], "monitor_untrained": training.monitor["untrained"]}
+                if epoch_ends and run.probe and epoch % cfg.train.probe_every_epochs == 0:
+                    entry |= measure_probe(run)
+                    timer.lap()  # the next steps are not to blame for its time
                 log_file.write(json.dumps(entry) + "\n")
                 log_file.flush()
                 os.fsync(log_file.fileno())  # a checkpoint must not outlive the lines before it
@@ -988,12 +1039,14 @@ def train(cfg: Config, folder: Path) -> float:
         saved = find_start(cfg, folder)
         device = moco.pick_device(cfg.device)
         configure_process(device, cfg.deterministic, tf32=True)
-        training = moco.Training(build_model(cfg), cfg.train, device)
+        rows = dataio.find_rows(cfg.data, cfg.split, "train", shards=saved["meta"]["shards"] if saved else None)
+        known = (build_model(cfg), saved["meta"].get("elsewhere", False)) if saved else None
+        model, elsewhere = known or start_model(cfg, rows.tables)
+        training = moco.Training(model, cfg.train, device)
+        probe = find_probe(cfg, rows.tables) if cfg.train.probe_every_epochs else None
         if not saved:  # a run that goes on has most of them already
             state_bytes = 4 * sum(p.numel() * p.element_size() for p in training.model.query.parameters())
             dataio.need_space(folder, (cfg.train.keep_last + 4) * state_bytes, "a run's checkpoints")
-        rows = dataio.find_rows(cfg.data, cfg.split, "train", shards=saved["meta"]["shards"] if saved else None)
-        if not saved:
             try:
                 look_ahead(cfg)
             except (ValueError, OSError) as error:
@@ -1024,12 +1077,12 @@ def train(cfg: Config, folder: Path) -> float:
                 log.warning("the run went in %s so far, this device goes on in %s", saved["meta"]["precision"], training.precision)
         resumed, saved = saved is not None, None  # a checkpoint is some four times the weights
         sources = dataio.cached(streams, cfg.data, device)
-        meta |= {"precision": str(training.precision), "extended": extended, **describe_machine(device)}
+        meta |= {"precision": str(training.precision), "extended": extended, "elsewhere": elsewhere, **describe_machine(device)}
         note = f"# extended after epochs {extended}, see train.extend\n" if extended else ""
         write_text(folder / "config.yaml", note + OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg))))
         start = {"from_step": training.step, **meta, "files": {s: index.fingerprint for s, index in rows.indices.items()}}
         write_text(folder / "environment.json", json.dumps([*read_starts(folder), start], indent=1))
-        run = Run(cfg, folder, training, dataio.mix_from_start(sources, schedule), meta)
+        run = Run(cfg, folder, training, dataio.mix_from_start(sources, schedule), meta, probe)
         say_what_trains(run, sources, streams, rows)
         monitor = draw_monitor(run)
         if not resumed:
@@ -1114,7 +1167,7 @@ def try_steps(cfg: Config, rows: dataio.Rows, scratch: Path) -> dict:
     cfg = dataclasses.replace(cfg, positives=plain)
     streams = dataio.open_streams(rows, cfg.data, cfg.seed)
     schedule = dataio.Schedule(cfg.curriculum, list(map(len, streams)), cfg.train.batch_size, cfg.train.epochs)
-    training = moco.Training(build_model(cfg), cfg.train, device)
+    training = moco.Training(start_model(cfg, rows.tables)[0], cfg.train, device)
     mix = dataio.mix_from_start(streams, schedule)
     meta = {"table": rows.tables[0], "shards": rows.shards, "files": {}, "precision": str(training.precision)}
     run, timer, begun = Run(cfg, scratch, training, mix, meta), Timer(), time.perf_counter()
@@ -1265,7 +1318,7 @@ def find_train_rows(cfg: Config, table: str, needed: dict[str, bool]) -> dataio.
         return None
     try:
         rows = dataio.find_rows(cfg.data, cfg.split, "train")
-        if table in rows.tables:
+        if table in (None, *rows.tables):
             return rows
         why = f"{cfg.split.out_dir} holds split table {rows.tables[0]}, the checkpoint's is {table}"
     except FileNotFoundError as error:
@@ -1286,40 +1339,69 @@ def count_trained_on(cfg: Config, table: str) -> int | None:
     return len(splits.trained.intersection(found))
 
 
+class Trained(NamedTuple):
+    """A trained encoder, and what is known of it."""
+
+    path: Path
+    cfg: Config  # the settings it was trained with, data and the like as asked now
+    encoder: moco.FrozenEncoder  # on the CPU
+    made: dict  # what notes tell of it: split table and step (None for weights of other programs), digest of the weights, flip
+
+
+def load_trained(cfg: Config, folder: Path, typed: set[str]) -> Trained:
+    """The encoder that `embed.checkpoint` names: of a run, with its settings, or weights of a public ArcFace iResNet."""
+    path = find_checkpoint(cfg.embed.checkpoint, folder)
+    weights = moco.read_weights(path)
+    state = weights.state
+    if state or path.parent == folder / "checkpoints":
+        with dataio.naming(path):
+            check_whole(state)
+        cfg, meta = settings_of(state["config"], cfg, typed), state["meta"]
+    else:
+        log.warning("%s: weights of another program: nobody can tell here whom they were trained on", path)
+        meta = {"table": None, "elsewhere": True}
+        if not any(under(key, ("backbone",)) for key in typed):
+            cfg = dataclasses.replace(cfg, backbone=weights.config)
+    backbone = moco.put_weights(moco.build_backbone(cfg.backbone), weights, path)
+    digest = dataio.digest(*(f"{name} {value.double().sum().item()}" for name, value in weights.backbone.items()))
+    made = {"table": meta["table"], "step": state.get("step"), "extended": meta.get("extended", [])}
+    made |= {"elsewhere": meta.get("elsewhere", False), "checkpoint": digest, "flip": cfg.embed.flip}
+    whitening = weights.whitening if cfg.embed.whiten == "train" else None
+    return Trained(path, cfg, moco.freeze(backbone, torch.device("cpu"), cfg.embed.flip, whitening), made)
+
+
 def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     """Write the frozen encoder's vectors of unseen identities, and those of the references beside them."""
-    path = find_checkpoint(cfg.embed.checkpoint, folder)
-    state = load_checkpoint(path)
-    cfg, table = settings_of(state["config"], cfg, typed), state["meta"]["table"]
     device = moco.pick_device(cfg.device)
     configure_process(device, deterministic=True, tf32=False)  # true fp32, the same each time
-    model = build_model(cfg)
-    moco.load_weights(model, state["model"])
+    path, cfg, encoder, made = load_trained(cfg, folder, typed)
+    table, encoder = made["table"], encoder.to(device)
     side = None if cfg.embed.test_glob else cfg.embed.split
     rows = embedded_rows(cfg, side)
-    if side and table not in rows.tables:
+    if side and table not in (None, *rows.tables):
         raise ValueError(
             f"{path} was trained with split table {table}, {cfg.split.out_dir} has {rows.tables[0]}: "
             f"its test identities may have been trained on"
         )
-    whitening = moco.Whitening(**state["whitening"]) if cfg.embed.whiten == "train" and "whitening" in state else None
-    fits = cfg.embed.whiten == "train" and not whitening
+    fits = cfg.embed.whiten == "train" and encoder.mean is None
     asked = {"references": cfg.embed.references, "leak check": cfg.embed.leak_check, "whitening": fits}
     train_rows = find_train_rows(cfg, table, asked)
     if train_rows and fits:
-        whitening = fit_whitening(model.query.backbone, dataio.open_streams(train_rows, cfg.data, cfg.seed), cfg, device)
+        streams = dataio.open_streams(train_rows, cfg.data, cfg.seed)
+        whitening = fit_whitening(encoder.backbone, streams, cfg, device)
+        encoder = moco.freeze(encoder.backbone, device, cfg.embed.flip, whitening)
     out = folder / embedded_file(cfg, folder)
     files = {"trained": out} | {name: reference_path(out, name) for name in REFERENCES}
-    encoders = {"trained": moco.freeze(model.query.backbone, device, cfg.embed.flip, whitening)}
+    encoders = {"trained": encoder}
     if train_rows and cfg.embed.references:
         encoders |= reference_encoders(cfg, train_rows, device)
-    note = {
-        "table": table, "split": side, "step": state["step"], "flip": cfg.embed.flip, "whitened": whitening is not None,
-        "extended": state["meta"].get("extended", []),
-        "data": [index.fingerprint for index in rows.indices.values()], "trained_on": 0 if side else count_trained_on(cfg, table),
+    trained_on = None if made["elsewhere"] else 0 if side else count_trained_on(cfg, table)
+    note = made | {
+        "split": side, "whitened": encoder.mean is not None, "trained_on": trained_on,
+        "data": [index.fingerprint for index in rows.indices.values()],
     }  # fmt: skip
     made_by = {
-        "trained": dataio.digest(*(f"{name} {value.double().sum().item()}" for name, value in state["model"].items())),
+        "trained": made["checkpoint"],
         "untrained": f"untrained seed {cfg.seed}",
         "lbp": f"lbp {moco.EMBEDDING_DIM}",
         "pca": f"pca {moco.PCA_COMPONENTS} of {moco.PCA_SIDE_PX} px",
@@ -1329,20 +1411,91 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
         temporaries = {name: stack.enter_context(write_whole(files[name])) for name in encoders}
         writers = {name: dataio.VectorWriter(file, note | {"checkpoint": made_by[name]}) for name, file in temporaries.items()}
         bar = stack.enter_context(progress(total=len(rows), desc="embedding", unit="image"))
-        for source, index in rows.indices.items():
-            for table_part, images in dataio.decoded_rows(index, cfg.data, cfg.embed.batch_size):
-                views = dataio.to_float(images.to(device))  # [n, 3, 112, 112] in [-1, 1]
-                for name, encode in encoders.items() if len(views) else ():
-                    writers[name].add(table_part, source, encode(views).numpy())
-                hashes.update(table_part["image_hash"].to_pylist())
-                bar.update(len(table_part))
+        for source, part, views in views_of(rows, cfg, device):
+            for name, encode in encoders.items() if len(views) else ():
+                writers[name].add(part, source, encode(views).cpu().numpy())
+            hashes.update(part["image_hash"].to_pylist())
+            bar.update(len(part))
         bar.close()
-        leaked = dataio.count_pictures(train_rows, hashes) if train_rows and cfg.embed.leak_check else None
+        can_leak = train_rows and cfg.embed.leak_check and table  # nobody knows what other weights were trained on
+        leaked = dataio.count_pictures(train_rows, hashes) if can_leak else None
         for writer in writers.values():
             writer.close({} if leaked is None else {"sniperface.pictures_in_train": str(leaked)})
     for name in files.keys() - encoders.keys():  # stale: made from other pictures
         files[name].unlink(missing_ok=True)
-    log.info("%s: %d vectors by %s (step %d)", out, writers["trained"].rows, path, state["step"])
+    log.info("%s: %d vectors by %s (step %s)", out, writers["trained"].rows, path, made["step"])
+
+
+# ---- export ----
+
+
+def export(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
+    """Write the encoder for other programs: its weights, ONNX, how to use them (encoder.json), and a model card (README.md)."""
+    moco.need_extra(cfg.export.formats)
+    path, cfg, encoder, made = load_trained(cfg, folder, typed)
+    rows = embedded_rows(cfg, None if cfg.embed.test_glob else cfg.embed.split)
+    views = itertools.islice(
+        (row for *_, part in views_of(rows, cfg, torch.device("cpu")) for row in part), cfg.export.parity_pictures
+    )
+    pictures, side = torch.stack(list(views)), cfg.data.image_size
+    if cfg.export.input == "uint8":
+        pictures = ((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    out, whitened = folder / cfg.export.out, encoder.mean is not None
+    if cfg.embed.whiten == "train" and not whitened:
+        log.warning("%s holds no whitening (train fits it when it ends): exported without", path)
+    note = {"backbone": dataclasses.asdict(cfg.backbone), "flip": encoder.flip, "whitened": whitened, **made}
+    files = {}
+    for name in cfg.export.formats:
+        with write_whole(out / f"encoder.{name}") as temporary:
+            if name == "onnx":
+                apart = moco.save_onnx(encoder, temporary, pictures, {"sniperface": json.dumps(note)})
+                files["encoder.onnx"] = f"for onnxruntime; its vectors differ from torch's by at most {apart:.1e}"
+            elif name == "safetensors":
+                moco.save_safetensors(encoder, temporary, {"sniperface": json.dumps(note)})
+                files["encoder.safetensors"] = "for `moco.load_encoder`"
+            else:
+                torch.save(moco.public_weights(encoder), temporary)
+                files["encoder.pt"] = (
+                    "the weights alone, under the names of the public ArcFace iResNets: neither mirrored nor whitened"
+                )
+    layout = (
+        f"uint8 [n, {side}, {side}, 3], RGB as decoded"
+        if cfg.export.input == "uint8"
+        else f"float32 [n, 3, {side}, {side}], RGB in [-1, 1]"
+    )
+    use = {"input": {"pictures": layout}, "output": {"vectors": "float32 [n, 512], of length 1; their dot product is the cosine"}}
+    write_text(out / "encoder.json", json.dumps(use | {"files": files} | note, indent=1))
+    shown = {name: dataclasses.asdict(getattr(cfg, name)) for name in ("backbone", "moco", "positives", "curriculum")}
+    shown |= {"augment": cfg.augment.name, "seed": cfg.seed, "step": made["step"], "epochs": cfg.train.epochs}
+    shown |= {"batch_size": cfg.train.batch_size, "lr": cfg.train.lr}
+    card = {
+        "name": folder.name, "side": side, "backbone": cfg.backbone.name,
+        "settings": OmegaConf.to_yaml(OmegaConf.create(shown)).strip(),
+        "millions": f"{sum(value.numel() for value in encoder.backbone.parameters()) / 1e6:.1f}",
+        "files": "\n".join(f"| `{name}` | {what} |" for name, what in files.items()),
+        "data": f"The train identities (split table {made['table']}) of "
+        + " and ".join(f"`{Path(pattern).name}`" for pattern in (cfg.data.digiface_glob, cfg.data.digi2real_glob) if pattern) + ".",
+        "figures": card_figures(folder, made["checkpoint"]),
+    }  # fmt: skip
+    write_text(out / "README.md", string.Template((CONF / "templates" / "model_card.md").read_text()).substitute(card))
+    log.info("%s: %s", out, "; ".join(f"{name}, {what}" for name, what in files.items()))
+
+
+def card_figures(folder: Path, checkpoint: str) -> str:
+    """Figures of a run that were measured with this very checkpoint, as a table with intervals."""
+    lines = ["| measured on | figure | value | 95 % interval |", "|---|---|---|---|"]
+    for path in sorted(folder.glob("metrics*.json")):
+        metrics = json.loads(path.read_text())
+        if metrics["made_from"].get("checkpoint") == checkpoint:
+            what = f"{Path(metrics['embeddings']).stem}, {metrics['gallery']} people"
+            for name in (name for name in metrics if f"{name}_ci" in metrics):
+                low, high = metrics[f"{name}_ci"]
+                lines.append(f"| {what} | {name} | {metrics[name]:z.4f} | {low:z.4f} to {high:z.4f} |")
+            for name, pairs in metrics["pair_protocol"].items():
+                lines.append(
+                    f"| pairs of {name} | accuracy | {pairs['accuracy']:.4f} | +- {pairs['standard_error']:.4f} (standard error) |"
+                )
+    return "\n".join(lines) if len(lines) > 2 else "None were measured with this checkpoint (`command=eval` does it)."
 
 
 # ---- eval ----
@@ -1697,6 +1850,7 @@ COMMANDS: dict[str, Callable[[Config, Path, set[str]], float | None]] = {
     "check": check,
     "train": train_for_objective,
     "embed": embed,
+    "export": export,
     "eval": lambda cfg, folder, typed: evaluate(cfg, folder, typed) and None,
     "all": train_and_measure,
     "report": lambda cfg, folder, typed: report(cfg, cfg.report.runs or glob.escape(str(folder))),

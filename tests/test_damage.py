@@ -15,6 +15,7 @@ from conftest import write_rows
 from runs import assert_same, bits, job, read_or_refused, refusal, training_result
 
 import dataio
+import moco
 import sniperface
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -40,7 +41,7 @@ def test_each_flipped_byte_of_a_checkpoint_is_detected_or_harmless(trained):
     whole, rng = path.read_bytes(), random.Random(5)
     wanted, detected = bits(sniperface.load_checkpoint(path)), 0
     ends = [rng.randrange(len(whole) - 40_000, len(whole)) for _ in range(100)]  # the directory of the archive
-    seal = range(len(whole) - len(sniperface.SEAL) - sniperface.DIGEST_BYTES - 2, len(whole), 5)
+    seal = range(len(whole) - len(moco.SEAL) - moco.DIGEST_BYTES - 2, len(whole), 5)
     for place in [*ends, *seal, *(rng.randrange(len(whole)) for _ in range(100))]:
         damaged = bytearray(whole)
         damaged[place] ^= 1 << rng.randrange(8)

@@ -139,7 +139,7 @@ def test_a_checkpoint_without_marks_of_its_files_is_refused_on_resume(words, tmp
     del state["meta"]["files"]
     path.unlink()
     torch.save(state, path)
-    sniperface.seal(path)
+    moco.seal(path)
     assert "are of an older program" in refusal(lambda: train(words, tmp_path / "run"))
     sniperface.embed(settings(*words), tmp_path / "run")  # which needs none
 

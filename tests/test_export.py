@@ -1,0 +1,112 @@
+"""Encoders that leave, and weights that come in."""
+
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from runs import SOURCES, bits, job, refusal, settings, state_of, train
+
+import dataio
+import moco
+import sniperface
+from sniperface import typed_keys
+
+
+def pictures_of(vectors: dataio.VectorTable, data) -> np.ndarray:
+    """The pictures of a table of vectors, as decoded: uint8 [n, S, S, 3]."""
+    tables = [dataio.pq.read_table(data / f"{name}_000.parquet").to_pylist() for name in SOURCES.values()]
+    of = {(row["identity_id"], row["image_filename"]): row["image_bytes"] for table in tables for row in table}
+    keys = zip(vectors.names.tolist(), vectors.files.tolist(), strict=True)
+    return np.stack([dataio.decode_image(of[key], 32, 10**6) for key in keys])
+
+
+@pytest.mark.parametrize("given", ["uint8", "float"])
+def test_embed_the_files_and_the_notebook_give_the_same_vectors(trained, unbroken, data, given, no_pictures):
+    words = "embed.flip=true", f"export.input={given}"
+    cfg = job(unbroken, data, *words)
+    sniperface.embed(cfg, trained, typed_keys(words))
+    sniperface.export(cfg, trained, typed_keys(words))
+    vectors = dataio.read_vectors(trained / "embeddings" / "test_embeddings.parquet")
+    decoded = pictures_of(vectors, data)
+    for encode in (
+        moco.load_encoder(trained / "export/encoder.safetensors"),
+        moco.load_encoder(trained / "checkpoints/last.pt", flip=True),
+    ):
+        assert np.abs(encode(torch.from_numpy(decoded)).numpy() - vectors.vectors).max() < 1e-5
+    session = onnxruntime.InferenceSession(trained / "export" / "encoder.onnx")
+    pictures = decoded if given == "uint8" else (decoded / 127.5 - 1).astype(np.float32).transpose(0, 3, 1, 2)
+    for count in (1, 3, len(pictures)):
+        found = session.run(["vectors"], {"pictures": pictures[:count]})[0]
+        assert np.abs(found - vectors.vectors[:count]).max() < 1e-4
+    note = json.loads((trained / "export" / "encoder.json").read_text())
+    assert note["flip"]
+    assert note["whitened"]
+    assert note["input"]["pictures"].startswith(given)
+    card = (trained / "export" / "README.md").read_text()
+    assert "$" not in card
+    assert "None were measured with this checkpoint" not in card
+
+
+def test_the_public_names_go_out_and_come_in_again(trained, unbroken, data, tmp_path, no_pictures, caplog):
+    words = ("export.formats=[pt]", "embed.whiten=none")
+    sniperface.export(job(unbroken, data, *words), trained, typed_keys(words))
+    weights = torch.load(trained / "export" / "encoder.pt", weights_only=True)
+    model = state_of(trained)["model"]
+    assert bits(weights) == bits({name: model[f"query.backbone.{name}"] for name in weights})
+    torch.save({"state_dict": {f"module.{name}": value for name, value in weights.items()}}, tmp_path / "public.pth")
+    sniperface.embed(job(unbroken, data, "embed.whiten=none"), trained, {"embed.whiten"})
+    ours = dataio.read_vectors(trained / "embeddings" / "test_embeddings.parquet").vectors
+    words = "embed.whiten=none", f"embed.checkpoint={tmp_path}/public.pth", "embed.references=false", "embed.out=public.parquet"
+    sniperface.embed(job(unbroken, data, *words), tmp_path / "new", typed_keys(words))
+    assert np.array_equal(dataio.read_vectors(tmp_path / "new" / "public.parquet").vectors, ours)
+    assert "nobody can tell here whom they were trained on" in caplog.text
+
+
+def test_weights_that_fit_in_part_are_refused_with_what_does_not(trained, tmp_path):
+    weights = moco.read_weights(trained / "checkpoints" / "last.pt").backbone
+    weights["fc.weight"] = weights["fc.weight"][:, :-4]
+    del weights["layer2.0.conv1.weight"]
+    torch.save(weights, tmp_path / "part.pt")
+    told = refusal(lambda: moco.load_encoder(tmp_path / "part.pt"))
+    assert str(tmp_path / "part.pt") in told
+    assert "1 missing, such as layer2.0.conv1.weight" in told
+    assert "1 of another shape, such as fc.weight" in told
+    torch.save({"conv1.weight": torch.ones(3)}, tmp_path / "other.pt")
+    assert "holds no weights of an iResNet" in refusal(lambda: moco.load_encoder(tmp_path / "other.pt"))
+
+
+def test_a_missing_extra_is_one_line(trained, unbroken, data, monkeypatch):
+    monkeypatch.setattr(moco.importlib.util, "find_spec", lambda name: None)
+    told = refusal(lambda: sniperface.export(job(unbroken, data), trained))
+    assert (
+        told
+        == "onnx, onnxscript, onnxruntime, safetensors: not installed; run with `uv run --extra export python sniperface.py ...`"
+    )
+
+
+def test_a_run_starts_from_weights_with_a_new_queue(words, tmp_path):
+    train(words, tmp_path / "first")
+    first = state_of(tmp_path / "first")["model"]
+    train(words, tmp_path / "second", f"train.init={tmp_path}/first/checkpoints/last.pt", "train.lr=1e-9", "train.max_steps=1")
+    second = state_of(tmp_path / "second")["model"]
+    for name, value in second.items():
+        if name.startswith("query.backbone") and name.endswith("conv1.weight"):
+            assert torch.allclose(value, first[name], atol=1e-6)
+    assert not torch.equal(second["queue"], first["queue"])
+
+
+def test_weights_of_a_run_with_another_split_are_refused(words, tmp_path):
+    train(words, tmp_path / "first")
+    other = "split.seed=9", f"split.out_dir={tmp_path}/other", f"train.init={tmp_path}/first/checkpoints/last.pt"
+    assert "it may have seen the test identities" in refusal(lambda: train(words, tmp_path / "second", *other))
+
+
+def test_the_validation_identities_are_measured_while_it_trains(words, tmp_path):
+    sides = "split.validation_ratio=0.3", "train.probe_every_epochs=1", "split.materialize=no"
+    train(words, tmp_path / "run", *sides)
+    lines = sniperface.read_log(tmp_path / "run")
+    assert [line["epoch"] for line in lines if "probe_rank1" in line] == [1, 2]
+    assert all(0 <= line["probe_rank1"] <= 1 for line in lines if "probe_rank1" in line)
+    assert "needs split.validation_ratio" in refusal(lambda: settings("train.probe_every_epochs=1"))
