@@ -1262,6 +1262,9 @@ def align(cfg: Config, folder: Path, rows: dataio.Rows, train_mean: Tensor) -> d
     if found.differs:
         cure = "undone by embed.align=mean" if cfg.embed.align == "mean" else "embed.align=mean undoes it"
         log.warning("ALIGNMENT? beside the train pictures these lie %s; %s, see %s", found, cure, path)
+    if cfg.embed.align == "mean" and not found.is_clear:
+        told = f"the mean pictures agree to {found.agreement:.2f} only, too little to tell how these lie; see {path}"
+        raise ValueError(f"embed.align=mean: {told}, leave it out")
     return found if cfg.embed.align == "mean" else None
 
 
