@@ -2131,9 +2131,9 @@ def two_views(
 
 # ---- Alignment: where faces lie in their pictures, told by the mean picture ----
 
-ALIGN_SIDES_PX = (24, 64)  # of the mean pictures: to search all, and to refine the best
+ALIGN_SIDES_PX = (16, 64)  # of the mean pictures: to search all, and to refine the best
 CANVAS = 1.5  # sides of what they lie on, so that what comes in from outside is known to be nothing
-SMOOTH = 0.06  # of the side: what varies over less stands out
+SMOOTH = 0.08  # of the side: what varies over less stands out
 
 
 class Alignment(NamedTuple):
@@ -2215,7 +2215,8 @@ def find_alignment(mean: Tensor, other_mean: Tensor) -> Alignment:
     shift, size and turn: the best of a grid up to 0.24 of the side, 0.62 to 1.62 of the size and 34 degrees, refined.
     """
     (coarse, fine), (other_coarse, other_fine) = ([with_weights(m, side) for side in ALIGN_SIDES_PX] for m in (mean, other_mean))
-    grid = torch.cartesian_prod(*(torch.linspace(-end, end, 7) for end in (0.24 / CANVAS, 0.24 / CANVAS, 0.48, 0.6)))
+    ends = (0.24 / CANVAS, 9), (0.24 / CANVAS, 9), (0.48, 7), (0.6, 7)
+    grid = torch.cartesian_prod(*(torch.linspace(-end, end, steps) for end, steps in ends))
     with torch.no_grad():
         agreements = torch.cat([agreement(part, coarse, other_coarse) for part in grid.split(256)])
     p = grid[agreements.argmax()][None].clone().requires_grad_()
