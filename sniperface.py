@@ -565,7 +565,7 @@ def draw_alignment(path: Path, mean: Tensor, train_mean: Tensor) -> None:
     shown = {"train rows, mean": train_mean, "embedded, mean": mean, "difference": (mean - train_mean) / 2 + 127.5}
     with picture(path, 1, 3, 3.0, 3.3) as axes:
         for panel, (title, image) in zip(axes.flat, shown.items(), strict=True):
-            panel.imshow(image.permute(1, 2, 0) / 255)
+            panel.imshow(image.permute(1, 2, 0).numpy() / 255)
             panel.set(title=title, xticks=[], yticks=[])
 
 
@@ -1294,7 +1294,7 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     aligned = align(cfg, folder, rows, state["mean_picture"]) if "mean_picture" in state else None
     if cfg.embed.align == "mean" and not aligned:
         raise ValueError(
-            f"embed.align=mean: {path} holds no mean picture of its train rows; leave it out, or train with this version"
+            f"embed.align=mean: {path} holds no mean picture of its train rows (embed.whiten=none, or an old run); leave it out"
         )
     out = folder / embedded_file(cfg)
     files = {"trained": out} | {name: reference_path(out, name) for name in REFERENCES}
