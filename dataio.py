@@ -2219,18 +2219,22 @@ def find_alignment(mean: Tensor, other_mean: Tensor) -> Alignment:
     grid = torch.cartesian_prod(*(torch.linspace(-end, end, steps) for end, steps in ends))
     with torch.no_grad():
         agreements = torch.cat([agreement(part, coarse, other_coarse) for part in grid.split(256)])
-    p = grid[agreements.argmax()][None].clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([p], max_iter=30, line_search_fn="strong_wolfe")
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = -agreement(p, fine, other_fine).sum()
-        value.backward()
-        return value
+    def refine(start: Tensor) -> tuple[float, list[float]]:
+        p = start[None].clone().requires_grad_()
+        optimizer = torch.optim.LBFGS([p], max_iter=30, line_search_fn="strong_wolfe")
 
-    optimizer.step(loss)
-    shift_x, shift_y, log_size, turn = p[0].tolist()
-    return Alignment(shift_x * CANVAS, shift_y * CANVAS, math.exp(log_size), math.degrees(turn), -loss().item())
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            value = -agreement(p, fine, other_fine).sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        return -loss().item(), p[0].tolist()
+
+    best, (shift_x, shift_y, log_size, turn) = max(map(refine, grid[agreements.topk(5).indices]))  # the first may end beside it
+    return Alignment(shift_x * CANVAS, shift_y * CANVAS, math.exp(log_size), math.degrees(turn), best)
 
 
 # ---- Tables of vectors ----
