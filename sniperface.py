@@ -74,6 +74,7 @@ class EmbedConfig:
     batch_size: int = field(metadata={"at_least": 1})
     flip: bool
     whiten: str = field(metadata={"one_of": ("train", "none")})
+    align: str = field(metadata={"one_of": ("none", "mean")})
     references: bool
     leak_check: bool
     out: str | None
@@ -555,6 +556,17 @@ def draw_views(images: Tensor, views: tuple[Tensor, Tensor], path: Path) -> None
     log.info("%s: pairs as the encoder will see them; a person should still tell who it is", path)
 
 
+def draw_alignment(path: Path, mean: Tensor, train_mean: Tensor) -> None:
+    """The mean pictures [3, S, S], in 0..255, of the train rows and of what is embedded, and their difference about mid-grey."""
+    if not can_draw():
+        return
+    shown = {"train rows, mean": train_mean, "embedded, mean": mean, "difference": (mean - train_mean) / 2 + 127.5}
+    with picture(path, 1, 3, 3.0, 3.3) as axes:
+        for panel, (title, image) in zip(axes.flat, shown.items(), strict=True):
+            panel.imshow(image.permute(1, 2, 0).numpy() / 255)
+            panel.set(title=title, xticks=[], yticks=[])
+
+
 def draw_similarity(path: Path, ours: moco.Measured) -> None:
     """Densities of the genuine and of the impostor cosines, and the thresholds of some FAR."""
     shape = moco.histograms(ours.genuine, ours.impostors)
@@ -993,7 +1005,7 @@ def run_steps(run: Run, monitor: list[tuple[Tensor, Tensor]], last_step: int) ->
 
 
 def whiten_checkpoints(cfg: Config, folder: Path, sources: list[dataio.Passes], device: torch.device) -> None:
-    """Put the whitening into the final and the best checkpoint of a finished run, where it is not there yet."""
+    """Put whitening and mean picture into the final and the best checkpoint of a finished run, where they are not there yet."""
     if cfg.embed.whiten == "none":
         return
     last, best, end = (folder / "checkpoints" / f"{name}.pt" for name in ("last", "best", f"epoch_{cfg.train.epochs:02d}"))
@@ -1004,7 +1016,8 @@ def whiten_checkpoints(cfg: Config, folder: Path, sources: list[dataio.Passes], 
     for path, state in ((best, earlier), (end, final))[is_last:]:
         if "whitening" not in state:
             moco.load_weights(model, state["model"])
-            state["whitening"] = fit_whitening(model.query.backbone, sources, cfg, device)._asdict()
+            whitening, state["mean_picture"] = fit_whitening(model.query.backbone, sources, cfg, device)
+            state["whitening"] = whitening._asdict()
             write_checkpoint(state, path)
     link(end, last)
     if is_last and best.exists():
@@ -1266,13 +1279,21 @@ def sample_images(sources: list[dataio.Passes], cfg: Config, count: int) -> Iter
     return dataio.mix_from_start(sources, schedule).batches(0, steps, workers=cfg.data.workers)
 
 
+def mean_picture(batches: Iterable[Tensor]) -> Tensor:
+    """The mean [3, S, S] of batches uint8 [B, 3, S, S] of one size."""
+    return torch.stack([images.float().mean(0).cpu() for images in batches]).mean(0)
+
+
 def fit_whitening(
     backbone: torch.nn.Module, sources: list[dataio.Passes], cfg: Config, device: torch.device
-) -> moco.Whitening:  # fmt: skip
-    """The whitening of the frozen encoder's vectors, mirrored or not as embed.flip asks, in one pass over the train pictures."""
+) -> tuple[moco.Whitening, Tensor]:  # fmt: skip
+    """The whitening of the frozen encoder's vectors, mirrored or not as embed.flip asks, and the mean [3, S, S], in 0..255, of the
+    train pictures that it is fitted to: in one pass over them."""
     encode, images = moco.freeze(backbone, device, cfg.embed.flip), sample_images(sources, cfg, moco.WHITEN_ROWS)
     images = progress(images, desc="fitting the whitening", unit="batch", leave=False)
-    return moco.fit_whitening(torch.cat([encode(dataio.to_float(part.to(device))) for part in images]))
+    found = ((encode(dataio.to_float(part.to(device))).cpu(), mean_picture([part])) for part in images)
+    vectors, means = zip(*found, strict=True)
+    return moco.fit_whitening(torch.cat(vectors)), torch.stack(means).mean(0)
 
 
 def reference_encoders(cfg: Config, rows: dataio.Rows, device: torch.device) -> dict[str, moco.Encoder]:
@@ -1281,7 +1302,7 @@ def reference_encoders(cfg: Config, rows: dataio.Rows, device: torch.device) -> 
     images = list(sample_images(streams, cfg, moco.REFERENCE_ROWS))
     backbone = build_model(cfg).query.backbone.to(device)
     moco.calibrate_batchnorm(backbone, (dataio.to_float(part.to(device)) for part in images))
-    whitening = fit_whitening(backbone, streams, cfg, device) if cfg.embed.whiten == "train" else None
+    whitening = fit_whitening(backbone, streams, cfg, device)[0] if cfg.embed.whiten == "train" else None
     untrained = moco.freeze(backbone, device, cfg.embed.flip, whitening)
     lbp, pca = moco.fit_lbp(map(dataio.to_float, images), cfg.embed.flip), moco.fit_pca(map(dataio.to_float, images))
     return {"untrained": untrained, "lbp": lbp, "pca": pca}
@@ -1346,6 +1367,7 @@ class Trained(NamedTuple):
     cfg: Config  # the settings it was trained with, data and the like as asked now
     encoder: moco.FrozenEncoder  # on the CPU
     made: dict  # what notes tell of it: split table and step (None for weights of other programs), digest of the weights, flip
+    mean_picture: Tensor | None  # of the train rows, [3, S, S] in 0..255
 
 
 def load_trained(cfg: Config, folder: Path, typed: set[str]) -> Trained:
@@ -1367,14 +1389,32 @@ def load_trained(cfg: Config, folder: Path, typed: set[str]) -> Trained:
     made = {"table": meta["table"], "step": state.get("step"), "extended": meta.get("extended", [])}
     made |= {"elsewhere": meta.get("elsewhere", False), "checkpoint": digest, "flip": cfg.embed.flip}
     whitening = weights.whitening if cfg.embed.whiten == "train" else None
-    return Trained(path, cfg, moco.freeze(backbone, torch.device("cpu"), cfg.embed.flip, whitening), made)
+    encoder = moco.freeze(backbone, torch.device("cpu"), cfg.embed.flip, whitening)
+    return Trained(path, cfg, encoder, made, state.get("mean_picture"))
+
+
+def align(cfg: Config, folder: Path, rows: dataio.Rows, train_mean: Tensor) -> dataio.Alignment | None:
+    """Tell and draw how the pictures to embed lie beside the train rows', on average; returns what embed.align=mean undoes."""
+    mean = mean_picture(sample_images(dataio.open_streams(rows, cfg.data, cfg.seed), cfg, moco.REFERENCE_ROWS))
+    found = dataio.find_alignment(mean, train_mean)
+    by_name = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, embeddings=None, out=None))
+    path = files_of_evaluation(by_name, folder)["alignment"]
+    with not_vital(path.name):
+        draw_alignment(path, mean, train_mean)
+    if found.differs:
+        cure = "undone by embed.align=mean" if cfg.embed.align == "mean" else "embed.align=mean undoes it"
+        log.warning("ALIGNMENT? beside the train pictures these lie %s; %s, see %s", found, cure, path)
+    if cfg.embed.align == "mean" and not found.is_clear:
+        told = f"the mean pictures agree to {found.agreement:.2f} only, too little to tell how these lie; see {path}"
+        raise ValueError(f"embed.align=mean: {told}, leave it out")
+    return found if cfg.embed.align == "mean" else None
 
 
 def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     """Write the frozen encoder's vectors of unseen identities, and those of the references beside them."""
     device = moco.pick_device(cfg.device)
     configure_process(device, deterministic=True, tf32=False)  # true fp32, the same each time
-    path, cfg, encoder, made = load_trained(cfg, folder, typed)
+    path, cfg, encoder, made, mean = load_trained(cfg, folder, typed)
     table, encoder = made["table"], encoder.to(device)
     side = None if cfg.embed.test_glob else cfg.embed.split
     rows = embedded_rows(cfg, side)
@@ -1388,8 +1428,12 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     train_rows = find_train_rows(cfg, table, asked)
     if train_rows and fits:
         streams = dataio.open_streams(train_rows, cfg.data, cfg.seed)
-        whitening = fit_whitening(encoder.backbone, streams, cfg, device)
+        whitening, mean = fit_whitening(encoder.backbone, streams, cfg, device)
         encoder = moco.freeze(encoder.backbone, device, cfg.embed.flip, whitening)
+    aligned = None if mean is None else align(cfg, folder, rows, mean)
+    if cfg.embed.align == "mean" and not aligned:
+        told = "holds no mean picture of its train rows (embed.whiten=none, or an old run); leave it out"
+        raise ValueError(f"embed.align=mean: {path} {told}")
     out = folder / embedded_file(cfg, folder)
     files = {"trained": out} | {name: reference_path(out, name) for name in REFERENCES}
     encoders = {"trained": encoder}
@@ -1397,7 +1441,7 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
         encoders |= reference_encoders(cfg, train_rows, device)
     trained_on = None if made["elsewhere"] else 0 if side else count_trained_on(cfg, table)
     note = made | {
-        "split": side, "whitened": encoder.mean is not None, "trained_on": trained_on,
+        "split": side, "whitened": encoder.mean is not None, "aligned": aligned and aligned._asdict(), "trained_on": trained_on,
         "data": [index.fingerprint for index in rows.indices.values()],
     }  # fmt: skip
     made_by = {
@@ -1412,6 +1456,7 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
         writers = {name: dataio.VectorWriter(file, note | {"checkpoint": made_by[name]}) for name, file in temporaries.items()}
         bar = stack.enter_context(progress(total=len(rows), desc="embedding", unit="image"))
         for source, part, views in views_of(rows, cfg, device):
+            views = aligned.undo(views) if aligned else views
             for name, encode in encoders.items() if len(views) else ():
                 writers[name].add(part, source, encode(views).cpu().numpy())
             hashes.update(part["image_hash"].to_pylist())
@@ -1432,7 +1477,7 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
 def export(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     """Write the encoder for other programs: its weights, ONNX, how to use them (encoder.json), and a model card (README.md)."""
     moco.need_extra(cfg.export.formats)
-    path, cfg, encoder, made = load_trained(cfg, folder, typed)
+    path, cfg, encoder, made, _ = load_trained(cfg, folder, typed)
     rows = embedded_rows(cfg, None if cfg.embed.test_glob else cfg.embed.split)
     views = itertools.islice(
         (row for *_, part in views_of(rows, cfg, torch.device("cpu")) for row in part), cfg.export.parity_pictures
@@ -1500,7 +1545,7 @@ def card_figures(folder: Path, checkpoint: str) -> str:
 
 # ---- eval ----
 
-PICTURES = ("cmc", "roc", "similarity", "neighbours")
+PICTURES = ("cmc", "roc", "similarity", "neighbours", "alignment")
 
 
 def files_of_evaluation(cfg: Config, folder: Path) -> dict[str, Path]:
@@ -1598,7 +1643,9 @@ def read_reference(path: Path, name: str, data: dataio.VectorTable) -> dataio.Ve
     if not file.exists():
         return None
     reference = read_vectors(file)
-    same_note = all(reference.note.get(key) == data.note.get(key) for key in ("table", "split", "data", "flip", "whitened"))
+    same_note = all(
+        reference.note.get(key) == data.note.get(key) for key in ("table", "split", "data", "flip", "whitened", "aligned")
+    )
     if not same_note or not np.array_equal(reference.keys, data.keys) or not np.array_equal(reference.names, data.names):
         raise ValueError(f"{file}: not the pictures of {path}, or embedded otherwise; run command=embed again, or delete it")
     return reference
