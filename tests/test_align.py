@@ -57,7 +57,7 @@ def mean_of(pictures) -> torch.Tensor:
 
 @pytest.mark.parametrize("move", MOVES)
 def test_moved_scaled_and_turned_copies_are_found_to_a_pixel_and_brought_back(demo, move):
-    pictures = demo["digiface"][1]
+    pictures = demo["digiface"][1][::3]
     copies = np.stack([moved(picture, *move) for picture in pictures])
     found = dataio.find_alignment(mean_of(copies), mean_of(pictures))
     assert found.differs
