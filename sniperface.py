@@ -618,7 +618,7 @@ def draw_results(
     files: dict[str, Path], data: dataio.VectorTable, measured: dict[str, moco.Measured], cfg: Config, gallery: int
 ) -> None:
     """The pictures of one evaluation; those of an earlier one of its name go first, since not each can always be drawn."""
-    for name in PICTURES:
+    for name in PICTURES[:-1]:
         files[name].unlink(missing_ok=True)
     if not can_draw():
         return
@@ -1545,7 +1545,7 @@ def card_figures(folder: Path, checkpoint: str) -> str:
 
 # ---- eval ----
 
-PICTURES = ("cmc", "roc", "similarity", "neighbours", "alignment")
+PICTURES = ("cmc", "roc", "similarity", "neighbours", "alignment")  # the last one is drawn by embed
 
 
 def files_of_evaluation(cfg: Config, folder: Path) -> dict[str, Path]:

@@ -48,7 +48,7 @@ def test_the_whole_path_and_embed_and_eval_alone_give_the_same_figures(piped, tm
     sniperface.embed(plain, tmp_path, {"run"})
     assert pq.read_table(tmp_path / "embeddings/test_embeddings.parquet").equals(vectors)
     assert sniperface.evaluate(plain, tmp_path, {"run"})["rank1"] == whole["rank1"]
-    for name in ("views", "train", "cmc", "roc", "similarity", "neighbours"):
+    for name in ("views", "train", "cmc", "roc", "similarity", "neighbours", "alignment"):
         assert (tmp_path / "plots" / f"{name}.png").stat().st_size > 1000
     assert "Rank-1" in (tmp_path / "report.md").read_text()
     sides = dataio.read_identity_splits(piped[1].parent / "splits" / "identity_splits.parquet").identities
