@@ -767,12 +767,13 @@ class FrozenEncoder(nn.Module):
         self.register_buffer("basis", whitening and whitening.basis)
         self.eval().requires_grad_(False)
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, pictures: Tensor | np.ndarray) -> Tensor:
+        pictures = torch.as_tensor(pictures)
         decoded, shape = pictures.dtype == torch.uint8, pictures.shape[1:]
         if len(shape) != 3 or shape != ((shape[1], shape[1], 3) if decoded else (3, shape[1], shape[1])):
             found = f"{pictures.dtype} {list(pictures.shape)}".removeprefix("torch.")
             raise ValueError(f"pictures: expected uint8 [n, S, S, 3] or float [n, 3, S, S] in [-1, 1], found {found}")
-        views = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1 if decoded else pictures
+        views = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1 if decoded else pictures.float()
         vectors = F.normalize(with_mirrored(self.backbone, self.flip)(views).float())
         return vectors if self.mean is None else Whitening(self.mean, self.basis)(vectors)
 
@@ -978,7 +979,18 @@ def save_safetensors(encoder: FrozenEncoder, path: Path, note: dict[str, str]) -
     save_file(public_weights(encoder) | {name: value.cpu().contiguous() for name, value in white.items()}, path, metadata=note)
 
 
-def save_onnx(encoder: FrozenEncoder, path: Path, pictures: Tensor, note: dict[str, str]) -> float:
+class FromPixels(nn.Module):
+    """An encoder of float pictures [n, 3, S, S] in 0..255."""
+
+    def __init__(self, encoder: FrozenEncoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.encoder(pictures / 127.5 - 1)
+
+
+def save_onnx(encoder: nn.Module, path: Path, pictures: Tensor, note: dict[str, str]) -> float:
     """Write the encoder as ONNX, for any number of pictures like `pictures`; gives the largest difference to torch on these.
 
     Input `pictures`, output `vectors`. Raises ValueError where onnxruntime gives values that differ by more than PARITY.

@@ -89,7 +89,7 @@ class ReportConfig:
 class ExportConfig:
     out: str
     formats: list[str] = field(metadata={"one_of": ("onnx", "safetensors", "pt")})
-    input: str = field(metadata={"one_of": ("uint8", "float")})
+    input: str = field(metadata={"one_of": ("uint8", "float", "normalised")})
     parity_pictures: int = field(metadata={"at_least": 1})
 
 
@@ -1365,13 +1365,20 @@ class Trained(NamedTuple):
 
     path: Path
     cfg: Config  # the settings it was trained with, data and the like as asked now
-    encoder: moco.FrozenEncoder  # on the CPU
-    made: dict  # what notes tell of it: split table and step (None for weights of other programs), digest of the weights, flip
+    encoder: moco.FrozenEncoder
+    made: dict  # what notes tell of it: split table and step (None for weights of other programs), digest of the weights, ...
+    device: torch.device
+    train_rows: dataio.Rows | None  # where they are here, and something needs them
     mean_picture: Tensor | None  # of the train rows, [3, S, S] in 0..255
 
 
-def load_trained(cfg: Config, folder: Path, typed: set[str]) -> Trained:
-    """The encoder that `embed.checkpoint` names: of a run, with its settings, or weights of a public ArcFace iResNet."""
+def load_trained(cfg: Config, folder: Path, typed: set[str], needed: dict[str, bool]) -> Trained:
+    """The encoder that `embed.checkpoint` names: of a run, with its settings, or weights of a public ArcFace iResNet.
+
+    A whitening that the file does not hold is fitted on the train rows, which may be `needed` for other things, too.
+    """
+    device = moco.pick_device(cfg.device)
+    configure_process(device, deterministic=True, tf32=False)  # true fp32, the same each time
     path = find_checkpoint(cfg.embed.checkpoint, folder)
     weights = moco.read_weights(path)
     state = weights.state
@@ -1384,13 +1391,18 @@ def load_trained(cfg: Config, folder: Path, typed: set[str]) -> Trained:
         meta = {"table": None, "elsewhere": True}
         if not any(under(key, ("backbone",)) for key in typed):
             cfg = dataclasses.replace(cfg, backbone=weights.config)
-    backbone = moco.put_weights(moco.build_backbone(cfg.backbone), weights, path)
+    backbone = moco.put_weights(moco.build_backbone(cfg.backbone), weights, path).to(device)
+    whitening, mean = weights.whitening if cfg.embed.whiten == "train" else None, state.get("mean_picture")
+    fits = cfg.embed.whiten == "train" and whitening is None
+    rows = find_train_rows(cfg, meta["table"], needed | {"whitening": fits})
+    if rows and fits:
+        whitening, mean = fit_whitening(backbone, dataio.open_streams(rows, cfg.data, cfg.seed), cfg, device)
+    encoder = moco.freeze(backbone, device, cfg.embed.flip, whitening)
     digest = dataio.digest(*(f"{name} {value.double().sum().item()}" for name, value in weights.backbone.items()))
     made = {"table": meta["table"], "step": state.get("step"), "extended": meta.get("extended", [])}
-    made |= {"elsewhere": meta.get("elsewhere", False), "checkpoint": digest, "flip": cfg.embed.flip}
-    whitening = weights.whitening if cfg.embed.whiten == "train" else None
-    encoder = moco.freeze(backbone, torch.device("cpu"), cfg.embed.flip, whitening)
-    return Trained(path, cfg, encoder, made, state.get("mean_picture"))
+    made |= {"elsewhere": meta.get("elsewhere", False), "checkpoint": digest}
+    made |= {"flip": encoder.flip, "whitened": encoder.mean is not None}
+    return Trained(path, cfg, encoder, made, device, rows, mean)
 
 
 def align(cfg: Config, folder: Path, rows: dataio.Rows, train_mean: Tensor) -> dataio.Alignment | None:
@@ -1412,10 +1424,9 @@ def align(cfg: Config, folder: Path, rows: dataio.Rows, train_mean: Tensor) -> d
 
 def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     """Write the frozen encoder's vectors of unseen identities, and those of the references beside them."""
-    device = moco.pick_device(cfg.device)
-    configure_process(device, deterministic=True, tf32=False)  # true fp32, the same each time
-    path, cfg, encoder, made, mean = load_trained(cfg, folder, typed)
-    table, encoder = made["table"], encoder.to(device)
+    needed = {"references": cfg.embed.references, "leak check": cfg.embed.leak_check}
+    path, cfg, encoder, made, device, train_rows, mean = load_trained(cfg, folder, typed, needed)
+    table = made["table"]
     side = None if cfg.embed.test_glob else cfg.embed.split
     rows = embedded_rows(cfg, side)
     if side and table not in (None, *rows.tables):
@@ -1423,13 +1434,6 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
             f"{path} was trained with split table {table}, {cfg.split.out_dir} has {rows.tables[0]}: "
             f"its test identities may have been trained on"
         )
-    fits = cfg.embed.whiten == "train" and encoder.mean is None
-    asked = {"references": cfg.embed.references, "leak check": cfg.embed.leak_check, "whitening": fits}
-    train_rows = find_train_rows(cfg, table, asked)
-    if train_rows and fits:
-        streams = dataio.open_streams(train_rows, cfg.data, cfg.seed)
-        whitening, mean = fit_whitening(encoder.backbone, streams, cfg, device)
-        encoder = moco.freeze(encoder.backbone, device, cfg.embed.flip, whitening)
     aligned = None if mean is None else align(cfg, folder, rows, mean)
     if cfg.embed.align == "mean" and not aligned:
         told = "holds no mean picture of its train rows (embed.whiten=none, or an old run); leave it out"
@@ -1441,7 +1445,7 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
         encoders |= reference_encoders(cfg, train_rows, device)
     trained_on = None if made["elsewhere"] else 0 if side else count_trained_on(cfg, table)
     note = made | {
-        "split": side, "whitened": encoder.mean is not None, "aligned": aligned and aligned._asdict(), "trained_on": trained_on,
+        "split": side, "aligned": aligned and aligned._asdict(), "trained_on": trained_on,
         "data": [index.fingerprint for index in rows.indices.values()],
     }  # fmt: skip
     made_by = {
@@ -1477,62 +1481,64 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
 def export(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     """Write the encoder for other programs: its weights, ONNX, how to use them (encoder.json), and a model card (README.md)."""
     moco.need_extra(cfg.export.formats)
-    path, cfg, encoder, made, _ = load_trained(cfg, folder, typed)
+    path, cfg, encoder, made, *_ = load_trained(cfg, folder, typed, {})
     rows = embedded_rows(cfg, None if cfg.embed.test_glob else cfg.embed.split)
-    views = itertools.islice(
-        (row for *_, part in views_of(rows, cfg, torch.device("cpu")) for row in part), cfg.export.parity_pictures
-    )
-    pictures, side = torch.stack(list(views)), cfg.data.image_size
-    if cfg.export.input == "uint8":
-        pictures = ((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    out, whitened = folder / cfg.export.out, encoder.mean is not None
-    if cfg.embed.whiten == "train" and not whitened:
-        log.warning("%s holds no whitening (train fits it when it ends): exported without", path)
-    note = {"backbone": dataclasses.asdict(cfg.backbone), "flip": encoder.flip, "whitened": whitened, **made}
-    files = {}
+    views = (view for *_, part in views_of(rows, cfg, torch.device("cpu")) for view in part)
+    views, side = torch.stack(list(itertools.islice(views, cfg.export.parity_pictures))), cfg.data.image_size
+    pixels, layout = ((views + 1) * 127.5).round(), f"float32 [n, 3, {side}, {side}], RGB as decoded"
+    pictures, layout = {
+        "uint8": (pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous(), f"uint8 [n, {side}, {side}, 3], RGB as decoded"),
+        "float": (pixels, layout),
+        "normalised": (views, f"{layout}, divided by 127.5, minus 1"),
+    }[cfg.export.input]
+    out, encoder, files = folder / cfg.export.out, encoder.cpu(), {}
+    note = {"backbone": dataclasses.asdict(cfg.backbone), **made}
     for name in cfg.export.formats:
         with write_whole(out / f"encoder.{name}") as temporary:
             if name == "onnx":
-                apart = moco.save_onnx(encoder, temporary, pictures, {"sniperface": json.dumps(note)})
-                files["encoder.onnx"] = f"for onnxruntime; its vectors differ from torch's by at most {apart:.1e}"
+                model = moco.FromPixels(encoder).eval() if cfg.export.input == "float" else encoder
+                apart = moco.save_onnx(model, temporary, pictures, {"sniperface": json.dumps(note)})
+                what = f"for onnxruntime; its vectors differ from torch's by at most {apart:.1e}"
             elif name == "safetensors":
                 moco.save_safetensors(encoder, temporary, {"sniperface": json.dumps(note)})
-                files["encoder.safetensors"] = "for `moco.load_encoder`"
+                what = "for `moco.load_encoder`"
             else:
                 torch.save(moco.public_weights(encoder), temporary)
-                files["encoder.pt"] = (
-                    "the weights alone, under the names of the public ArcFace iResNets: neither mirrored nor whitened"
-                )
-    layout = (
-        f"uint8 [n, {side}, {side}, 3], RGB as decoded"
-        if cfg.export.input == "uint8"
-        else f"float32 [n, 3, {side}, {side}], RGB in [-1, 1]"
-    )
+                what = "the weights alone, under the names of the public ArcFace iResNets: neither mirrored nor whitened"
+        files[f"encoder.{name}"] = what
     use = {"input": {"pictures": layout}, "output": {"vectors": "float32 [n, 512], of length 1; their dot product is the cosine"}}
     write_text(out / "encoder.json", json.dumps(use | {"files": files} | note, indent=1))
-    shown = {name: dataclasses.asdict(getattr(cfg, name)) for name in ("backbone", "moco", "positives", "curriculum")}
-    shown |= {"augment": cfg.augment.name, "seed": cfg.seed, "step": made["step"], "epochs": cfg.train.epochs}
-    shown |= {"batch_size": cfg.train.batch_size, "lr": cfg.train.lr}
     card = {
         "name": folder.name, "side": side, "backbone": cfg.backbone.name,
-        "settings": OmegaConf.to_yaml(OmegaConf.create(shown)).strip(),
         "millions": f"{sum(value.numel() for value in encoder.backbone.parameters()) / 1e6:.1f}",
         "files": "\n".join(f"| `{name}` | {what} |" for name, what in files.items()),
-        "data": f"The train identities (split table {made['table']}) of "
-        + " and ".join(f"`{Path(pattern).name}`" for pattern in (cfg.data.digiface_glob, cfg.data.digi2real_glob) if pattern) + ".",
-        "figures": card_figures(folder, made["checkpoint"]),
+        "training": card_training(path, cfg, made), "figures": card_figures(folder, made),
     }  # fmt: skip
     write_text(out / "README.md", string.Template((CONF / "templates" / "model_card.md").read_text()).substitute(card))
     log.info("%s: %s", out, "; ".join(f"{name}, {what}" for name, what in files.items()))
 
 
-def card_figures(folder: Path, checkpoint: str) -> str:
-    """Figures of a run that were measured with this very checkpoint, as a table with intervals."""
+def card_training(path: Path, cfg: Config, made: dict) -> str:
+    """What an encoder was trained on, from which weights, with which settings; of other programs' weights nobody knows."""
+    if not made["table"]:
+        return f"`{path.name}` holds weights of another program: see there what they were trained on."
+    names = [f"`{Path(pattern).name}`" for pattern in (cfg.data.digiface_glob, cfg.data.digi2real_glob) if pattern]
+    shown = {name: dataclasses.asdict(getattr(cfg, name)) for name in ("backbone", "moco", "positives", "curriculum")}
+    shown["train"] = {name: getattr(cfg.train, name) for name in ("epochs", "batch_size", "lr")}
+    shown |= {"augment": cfg.augment.name, "seed": cfg.seed, "step": made["step"]}
+    told = f"With SniperFace (MoCo with MarginNCE), without labels, on the train identities (split table {made['table']}) of "
+    told += " and ".join(names) + (f", starting from the weights `{Path(cfg.train.init).name}`" if cfg.train.init else "")
+    return f"{told}.\n\n```yaml\n{OmegaConf.to_yaml(OmegaConf.create(shown)).strip()}\n```"
+
+
+def card_figures(folder: Path, made: dict) -> str:
+    """Figures of a run that were measured with this very encoder, mirrored and whitened alike, as a table with intervals."""
     lines = ["| measured on | figure | value | 95 % interval |", "|---|---|---|---|"]
     for path in sorted(folder.glob("metrics*.json")):
         metrics = json.loads(path.read_text())
-        if metrics["made_from"].get("checkpoint") == checkpoint:
+        if made.items() <= metrics["made_from"].items():
             what = f"{Path(metrics['embeddings']).stem}, {metrics['gallery']} people"
+            what += ", pictures aligned" * bool(metrics["made_from"].get("aligned"))
             for name in (name for name in metrics if f"{name}_ci" in metrics):
                 low, high = metrics[f"{name}_ci"]
                 lines.append(f"| {what} | {name} | {metrics[name]:z.4f} | {low:z.4f} to {high:z.4f} |")
@@ -1540,7 +1546,7 @@ def card_figures(folder: Path, checkpoint: str) -> str:
                 lines.append(
                     f"| pairs of {name} | accuracy | {pairs['accuracy']:.4f} | +- {pairs['standard_error']:.4f} (standard error) |"
                 )
-    return "\n".join(lines) if len(lines) > 2 else "None were measured with this checkpoint (`command=eval` does it)."
+    return "\n".join(lines) if len(lines) > 2 else "None were measured with this encoder (`command=eval` does it)."
 
 
 # ---- eval ----

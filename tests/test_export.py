@@ -22,7 +22,7 @@ def pictures_of(vectors: dataio.VectorTable, data) -> np.ndarray:
     return np.stack([dataio.decode_image(of[key], 32, 10**6) for key in keys])
 
 
-@pytest.mark.parametrize("given", ["uint8", "float"])
+@pytest.mark.parametrize("given", ["uint8", "float", "normalised"])
 def test_embed_the_files_and_the_notebook_give_the_same_vectors(trained, unbroken, data, given, no_pictures):
     words = "embed.flip=true", f"export.input={given}"
     cfg = job(unbroken, data, *words)
@@ -34,19 +34,20 @@ def test_embed_the_files_and_the_notebook_give_the_same_vectors(trained, unbroke
         moco.load_encoder(trained / "export/encoder.safetensors"),
         moco.load_encoder(trained / "checkpoints/last.pt", flip=True),
     ):
-        assert np.abs(encode(torch.from_numpy(decoded)).numpy() - vectors.vectors).max() < 1e-5
+        assert np.abs(encode(decoded).numpy() - vectors.vectors).max() < 1e-5
+        assert torch.equal(encode(torch.from_numpy(decoded[:9])), encode(decoded[:9].transpose(0, 3, 1, 2) / np.float32(127.5) - 1))
     session = onnxruntime.InferenceSession(trained / "export" / "encoder.onnx")
-    pictures = decoded if given == "uint8" else (decoded / 127.5 - 1).astype(np.float32).transpose(0, 3, 1, 2)
+    pictures = decoded if given == "uint8" else decoded.astype(np.float32).transpose(0, 3, 1, 2)
+    pictures = pictures / np.float32(127.5) - 1 if given == "normalised" else pictures
     for count in (1, 3, len(pictures)):
         found = session.run(["vectors"], {"pictures": pictures[:count]})[0]
         assert np.abs(found - vectors.vectors[:count]).max() < 1e-4
     note = json.loads((trained / "export" / "encoder.json").read_text())
     assert note["flip"]
     assert note["whitened"]
-    assert note["input"]["pictures"].startswith(given)
-    card = (trained / "export" / "README.md").read_text()
-    assert "$" not in card
-    assert "None were measured with this checkpoint" not in card
+    assert note["input"]["pictures"].startswith("uint8" if given == "uint8" else "float32")
+    assert note["input"]["pictures"].endswith("minus 1") == (given == "normalised")
+    assert "$" not in (trained / "export" / "README.md").read_text()
 
 
 def test_the_public_names_go_out_and_come_in_again(trained, unbroken, data, tmp_path, no_pictures, caplog):
@@ -62,6 +63,24 @@ def test_the_public_names_go_out_and_come_in_again(trained, unbroken, data, tmp_
     sniperface.embed(job(unbroken, data, *words), tmp_path / "new", typed_keys(words))
     assert np.array_equal(dataio.read_vectors(tmp_path / "new" / "public.parquet").vectors, ours)
     assert "nobody can tell here whom they were trained on" in caplog.text
+    words = *words, "export.formats=[pt]"
+    sniperface.export(job(unbroken, data, *words), tmp_path / "new", typed_keys(words))
+    assert "`public.pth` holds weights of another program" in (tmp_path / "new" / "export" / "README.md").read_text()
+
+
+def test_an_unfinished_run_is_exported_as_embedded_and_the_card_holds_no_figures_of_another_encoder(words, people, tmp_path):
+    folder, asked = tmp_path / "run", settings(*words, "export.formats=[safetensors]", "train.max_steps=1")
+    sniperface.train(asked, folder)
+    sniperface.embed(asked, folder)
+    sniperface.evaluate(asked, folder)
+    sniperface.export(asked, folder)
+    vectors = dataio.read_vectors(folder / "embeddings" / "test_embeddings.parquet")
+    encode = moco.load_encoder(folder / "export" / "encoder.safetensors")
+    assert vectors.note["whitened"]
+    assert np.abs(encode(pictures_of(vectors, people)).numpy() - vectors.vectors).max() < 1e-5
+    assert "| rank1 |" in (folder / "export" / "README.md").read_text()
+    sniperface.export(settings(*words, "export.formats=[pt]", "embed.whiten=none"), folder, {"embed.whiten"})
+    assert "None were measured with this encoder" in (folder / "export" / "README.md").read_text()
 
 
 def test_weights_that_fit_in_part_are_refused_with_what_does_not(trained, tmp_path):
