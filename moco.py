@@ -997,6 +997,8 @@ def save_onnx(encoder: nn.Module, path: Path, pictures: Tensor, note: dict[str, 
     """
     import onnxruntime
 
+    for chatty in ("onnxscript", "onnx_ir"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     two = pictures[:1].repeat(2, 1, 1, 1)  # of one, the exporter would make a constant
     batch = {0: torch.export.Dim("batch")}
     names = {"input_names": ["pictures"], "output_names": ["vectors"]}
