@@ -935,7 +935,8 @@ def read_weights(path: str | Path) -> Weights:
     except FileNotFoundError:
         raise
     except Exception as error:  # zipfile, pickle, torch and safetensors raise a dozen types for damaged files
-        raise ValueError(f"{path}: cannot be used: {' '.join(str(error).split())[:200]}") from error
+        told = str(error) if isinstance(error, ValueError) else f"damaged, or no state_dict of tensors ({type(error).__name__})"
+        raise ValueError(f"{path}: cannot be used: {told}") from error
 
 
 def put_weights(backbone: IResNet, weights: Weights, place: object) -> IResNet:

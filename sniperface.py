@@ -781,7 +781,8 @@ def start_model(cfg: Config, tables: list[str]) -> tuple[moco.MoCo, bool]:
     model = build_model(cfg)
     if not cfg.train.init:
         return model, False
-    weights = moco.read_weights(cfg.train.init)
+    with dataio.naming("train.init"):
+        weights = moco.read_weights(cfg.train.init)
     meta = weights.state.get("meta", {"table": None, "elsewhere": True})
     if meta["table"] not in (None, *tables):
         told = f"train.init={cfg.train.init} was trained with split table {meta['table']}, this is {tables[0]}"
@@ -1478,26 +1479,27 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
 # ---- export ----
 
 
+def parity_pictures(cfg: Config) -> Tensor:
+    """Some of the pictures that embed would take, as the ONNX file will."""
+    rows = embedded_rows(cfg, None if cfg.embed.test_glob else cfg.embed.split)
+    views = (view for *_, part in views_of(rows, cfg, torch.device("cpu")) for view in part)
+    views = torch.stack(list(itertools.islice(views, cfg.export.parity_pictures)))
+    pixels = ((views + 1) * 127.5).round()
+    decoded = pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return {"uint8": decoded, "float": pixels, "normalised": views}[cfg.export.input]
+
+
 def export(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     """Write the encoder for other programs: its weights, ONNX, how to use them (encoder.json), and a model card (README.md)."""
     moco.need_extra(cfg.export.formats)
     path, cfg, encoder, made, *_ = load_trained(cfg, folder, typed, {})
-    rows = embedded_rows(cfg, None if cfg.embed.test_glob else cfg.embed.split)
-    views = (view for *_, part in views_of(rows, cfg, torch.device("cpu")) for view in part)
-    views, side = torch.stack(list(itertools.islice(views, cfg.export.parity_pictures))), cfg.data.image_size
-    pixels, layout = ((views + 1) * 127.5).round(), f"float32 [n, 3, {side}, {side}], RGB as decoded"
-    pictures, layout = {
-        "uint8": (pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous(), f"uint8 [n, {side}, {side}, 3], RGB as decoded"),
-        "float": (pixels, layout),
-        "normalised": (views, f"{layout}, divided by 127.5, minus 1"),
-    }[cfg.export.input]
-    out, encoder, files = folder / cfg.export.out, encoder.cpu(), {}
+    out, encoder, files, side = folder / cfg.export.out, encoder.cpu(), {}, cfg.data.image_size
     note = {"backbone": dataclasses.asdict(cfg.backbone), **made}
     for name in cfg.export.formats:
         with write_whole(out / f"encoder.{name}") as temporary:
             if name == "onnx":
                 model = moco.FromPixels(encoder).eval() if cfg.export.input == "float" else encoder
-                apart = moco.save_onnx(model, temporary, pictures, {"sniperface": json.dumps(note)})
+                apart = moco.save_onnx(model, temporary, parity_pictures(cfg), {"sniperface": json.dumps(note)})
                 what = f"for onnxruntime; its vectors differ from torch's by at most {apart:.1e}"
             elif name == "safetensors":
                 moco.save_safetensors(encoder, temporary, {"sniperface": json.dumps(note)})
@@ -1506,6 +1508,8 @@ def export(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
                 torch.save(moco.public_weights(encoder), temporary)
                 what = "the weights alone, under the names of the public ArcFace iResNets: neither mirrored nor whitened"
         files[f"encoder.{name}"] = what
+    layout = f"uint8 [n, {side}, {side}, 3]" if cfg.export.input == "uint8" else f"float32 [n, 3, {side}, {side}]"
+    layout += ", RGB as decoded" + ", divided by 127.5, minus 1" * (cfg.export.input == "normalised")
     use = {"input": {"pictures": layout}, "output": {"vectors": "float32 [n, 512], of length 1; their dot product is the cosine"}}
     write_text(out / "encoder.json", json.dumps(use | {"files": files} | note, indent=1))
     card = {

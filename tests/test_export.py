@@ -51,7 +51,7 @@ def test_embed_the_files_and_the_notebook_give_the_same_vectors(trained, unbroke
 
 
 def test_the_public_names_go_out_and_come_in_again(trained, unbroken, data, tmp_path, no_pictures, caplog):
-    words = ("export.formats=[pt]", "embed.whiten=none")
+    words = "export.formats=[pt]", "embed.whiten=none", "data.digiface_glob=/not/here/*.parquet"  # only ONNX needs pictures
     sniperface.export(job(unbroken, data, *words), trained, typed_keys(words))
     weights = torch.load(trained / "export" / "encoder.pt", weights_only=True)
     model = state_of(trained)["model"]
@@ -94,6 +94,10 @@ def test_weights_that_fit_in_part_are_refused_with_what_does_not(trained, tmp_pa
     assert "1 of another shape, such as fc.weight" in told
     torch.save({"conv1.weight": torch.ones(3)}, tmp_path / "other.pt")
     assert "holds no weights of an iResNet" in refusal(lambda: moco.load_encoder(tmp_path / "other.pt"))
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")  # would be executed
+    (tmp_path / "junk.pt").write_text("junk")
+    for name in ("module.pt", "junk.pt"):
+        assert f"{name}: cannot be used: damaged, or no state_dict of tensors" in refusal(lambda: moco.load_encoder(tmp_path / name))
 
 
 def test_a_missing_extra_is_one_line(trained, unbroken, data, monkeypatch):
