@@ -96,8 +96,9 @@ def test_weights_that_fit_in_part_are_refused_with_what_does_not(trained, tmp_pa
     assert "holds no weights of an iResNet" in refusal(lambda: moco.load_encoder(tmp_path / "other.pt"))
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")  # would be executed
     (tmp_path / "junk.pt").write_text("junk")
-    for name in ("module.pt", "junk.pt"):
-        assert f"{name}: cannot be used: damaged, or no state_dict of tensors" in refusal(lambda: moco.load_encoder(tmp_path / name))
+    for path in (tmp_path / "module.pt", tmp_path / "junk.pt"):
+        told = refusal(lambda path=path: moco.load_encoder(path))
+        assert f"{path}: cannot be used: damaged, or no state_dict of tensors" in told
 
 
 def test_a_missing_extra_is_one_line(trained, unbroken, data, monkeypatch):
