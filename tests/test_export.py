@@ -101,6 +101,12 @@ def test_weights_that_fit_in_part_are_refused_with_what_does_not(trained, tmp_pa
         assert f"{path}: cannot be used: damaged, or no state_dict of tensors" in told
 
 
+def test_an_onnx_file_of_other_vectors_is_refused(trained, unbroken, data, monkeypatch):
+    monkeypatch.setattr(moco, "PARITY", -1)
+    assert "differ from torch's by up to" in refusal(lambda: sniperface.export(job(unbroken, data), trained))
+    assert not (trained / "export" / "encoder.onnx").exists()
+
+
 def test_a_missing_extra_is_one_line(trained, unbroken, data, monkeypatch):
     monkeypatch.setattr(moco.importlib.util, "find_spec", lambda name: None)
     told = refusal(lambda: sniperface.export(job(unbroken, data), trained))
