@@ -1047,6 +1047,18 @@ def look_ahead(cfg: Config) -> dict:
     return {"gallery": gallery, "distractors": drawn.distractors, "probes": len(drawn.probes)}
 
 
+def note_start(run: Run, rows: dataio.Rows) -> None:
+    """Write config.yaml and this start's part of environment.json, and let train_log.jsonl end where the run goes on."""
+    cfg, folder, step = run.cfg, run.folder, run.training.step
+    note = f"# extended after epochs {run.meta['extended']}, see train.extend\n" if run.meta["extended"] else ""
+    write_text(folder / "config.yaml", note + OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg))))
+    start = {"from_step": step, **run.meta, "files": {s: index.fingerprint for s, index in rows.indices.items()}}
+    write_text(folder / "environment.json", json.dumps([*read_starts(folder), start], indent=1))
+    planned = step % cfg.train.log_every == 0  # a line of an unplanned stop goes: the log is that of an unbroken run
+    kept = [e for e in read_log(folder) if e["step"] < step + (planned or "monitor_loss" in e)]
+    write_text(folder / "train_log.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept))
+
+
 def train(cfg: Config, folder: Path) -> float:
     """Train, or go on where the run stopped; returns minus the best value of the label-free monitor."""
     with run_lock(folder):
@@ -1092,18 +1104,12 @@ def train(cfg: Config, folder: Path) -> float:
         resumed, saved = saved is not None, None  # a checkpoint is some four times the weights
         sources = dataio.cached(streams, cfg.data, device)
         meta |= {"precision": str(training.precision), "extended": extended, "elsewhere": elsewhere, **describe_machine(device)}
-        note = f"# extended after epochs {extended}, see train.extend\n" if extended else ""
-        write_text(folder / "config.yaml", note + OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg))))
-        start = {"from_step": training.step, **meta, "files": {s: index.fingerprint for s, index in rows.indices.items()}}
-        write_text(folder / "environment.json", json.dumps([*read_starts(folder), start], indent=1))
         run = Run(cfg, folder, training, dataio.mix_from_start(sources, schedule), meta, probe)
+        note_start(run, rows)
         say_what_trains(run, sources, streams, rows)
         monitor = draw_monitor(run)
         if not resumed:
             start_afresh(run, monitor)
-        planned = training.step % cfg.train.log_every == 0  # a line of an unplanned stop goes: the log is that of an unbroken run
-        kept = [e for e in read_log(folder) if e["step"] < training.step + (planned or "monitor_loss" in e)]
-        write_text(folder / "train_log.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept))
         run_steps(run, monitor, last_step)
         if training.step >= schedule.total_steps:
             whiten_checkpoints(cfg, folder, sources, device)
@@ -1792,9 +1798,8 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
             measured[name] = moco.measure(reference, cfg.eval, device)
             metrics[name] = measured[name].figures() | {"pair_protocol": pairs.get(name, {})}
             hits = [one.found.rank == 1 for one in (ours, measured[name])]
-            lead = moco.paired_difference(*hits, ours.people, cfg.eval.seed, cfg.eval.bootstrap)
-            metrics[name] |= moco.as_figures({"rank1_lead": lead})  # of the trained encoder
-            leads[name] = lead
+            leads[name] = moco.paired_difference(*hits, ours.people, cfg.eval.seed, cfg.eval.bootstrap)
+            metrics[name] |= moco.as_figures({"rank1_lead": leads[name]})  # of the trained encoder
     ranks = {"identity_id": data.names[ours.drawn.probes], "picture": data.keys[ours.drawn.probes], "rank": ours.found.rank}
     ranks = pa.table(ranks)
     with write_whole(files["ranks"]) as temporary:  # ranks beyond this one are not told apart

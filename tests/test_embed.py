@@ -56,6 +56,17 @@ def test_the_whole_path_and_embed_and_eval_alone_give_the_same_figures(piped, tm
     assert set(vectors["source"].to_pylist()) == {"digiface", "digi2real"}
 
 
+def test_references_that_are_not_beaten_are_told(piped, tmp_path, caplog, no_pictures):
+    tmp_path = shutil.copytree(piped[1], tmp_path / "run")
+    vectors = tmp_path / "embeddings" / "test_embeddings.parquet"
+    shutil.copy(vectors, vectors.with_name("test_embeddings.untrained.parquet"))  # as good, so not beaten
+    metrics = sniperface.evaluate(settings(*piped[0]), tmp_path)
+    assert metrics["untrained"]["rank1_lead_ci"] == [0, 0]
+    for name in sniperface.REFERENCES:
+        assert metrics[name]["rank1_lead"] == pytest.approx(metrics["rank1"] - metrics[name]["rank1"])
+        assert (f"not ahead of {name}: " in caplog.text) == (metrics[name]["rank1_lead_ci"][0] <= 0)
+
+
 def test_eval_equals_a_plain_computation(piped):
     folder = piped[1]
     metrics = metrics_of(folder)
