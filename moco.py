@@ -703,7 +703,8 @@ def signs_of_failure(entry: dict, untrained: float, cfg: TrainConfig, warmed_up:
             f"a picture's own key is no nearer than others: cosines {entry['pos_sim']:.3f} and {entry['neg_sim']:.3f}, "
             f"less than train.min_gap={cfg.min_gap} apart; look at plots/views.png: are views of one picture still alike?"
         )
-    if warmed_up and "monitor_loss" in entry and not entry["monitor_loss"] < untrained:  # NaN is no better either
+    # a NaN is no better either; weights that training starts from may be good already
+    if warmed_up and not cfg.init and "monitor_loss" in entry and not entry["monitor_loss"] < untrained:
         found["not learning"] = (
             f"the monitor's loss {entry['monitor_loss']:.3f} is no better than untrained, {untrained:.3f}; "
             "look at train.lr, moco.key_momentum and the augmentation"
@@ -919,7 +920,7 @@ def read_weights(path: str | Path) -> Weights:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
             settings = {}
-            if isinstance(state, dict) and "config" in state:
+            if isinstance(state, dict) and {"config", "meta"} <= state.keys():  # ours
                 check_seal(path)
                 settings = state["config"] | state["config"]["embed"]
         tensors = tensors_in(state)
@@ -931,7 +932,7 @@ def read_weights(path: str | Path) -> Weights:
         prefix = last.removesuffix("features.weight")
         backbone = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         config = BackboneConfig(**settings["backbone"]) if settings else tell_backbone(backbone)
-        return Weights(backbone, config, bool(settings.get("flip")), whitening, state if "config" in state else {})
+        return Weights(backbone, config, bool(settings.get("flip")), whitening, state if "meta" in state else {})
     except FileNotFoundError:
         raise
     except Exception as error:  # zipfile, pickle, torch and safetensors raise a dozen types for damaged files
@@ -961,10 +962,14 @@ def put_weights(backbone: IResNet, weights: Weights, place: object) -> IResNet:
 
 
 def load_encoder(path: str | Path, flip: bool | None = None) -> FrozenEncoder:
-    """The frozen encoder of a file that `read_weights` reads, on the CPU; `flip` as the file says unless given."""
+    """The frozen encoder of a file that `read_weights` reads, on the CPU; `flip` as the file says unless given.
+
+    A whitening is of mirrored vectors or of plain ones: with the other `flip` than the file's they stay raw.
+    """
     weights = read_weights(path)
+    whitening = weights.whitening if flip in (None, weights.flip) else None
     backbone = put_weights(build_backbone(weights.config), weights, path)
-    return freeze(backbone, torch.device("cpu"), weights.flip if flip is None else flip, weights.whitening)
+    return freeze(backbone, torch.device("cpu"), weights.flip if flip is None else flip, whitening)
 
 
 def public_weights(encoder: FrozenEncoder) -> dict[str, Tensor]:

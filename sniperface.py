@@ -247,7 +247,7 @@ def differences(saved: dict, asked: dict) -> dict[str, tuple]:
 
 OF_EACH = ("command", "run", "run_dir")  # another one for each run and command
 ALWAYS_AS_ASKED = (*OF_EACH, "device", "pack", "embed", "eval", "report", "export")
-AS_TYPED = ("data", "split")  # where the data is now may be typed anew; else it is where the run was trained
+AS_TYPED = ("data", "split", "embed.flip")  # as the run was trained, unless typed anew
 
 
 def settings_of(saved: dict, cfg: Config, typed: set[str]) -> Config:
@@ -260,7 +260,8 @@ def settings_of(saved: dict, cfg: Config, typed: set[str]) -> Config:
         raise ValueError("the saved settings hold an interpolation, which this program never writes; do not use unknown files")
     for key, value in flat(dataclasses.asdict(cfg)).items():
         is_typed, trained_with = under(key, typed), saved.get(key, value)  # a setting that is newer than the run has its default
-        as_asked = under(key, ALWAYS_AS_ASKED) or (is_typed and under(key, AS_TYPED) and key != "data.image_size")
+        as_asked = under(key, ALWAYS_AS_ASKED) and not under(key, AS_TYPED)
+        as_asked |= is_typed and under(key, AS_TYPED) and key != "data.image_size"
         if is_typed and not as_asked and trained_with != value and not under(key, NOT_THE_RESULT):
             raise ValueError(f"{key}={value}: the checkpoint was trained with {trained_with}; leave it out, or train another run")
         OmegaConf.update(merged, key, value if as_asked else trained_with)
@@ -496,7 +497,7 @@ def can_draw() -> bool:
 
 @contextlib.contextmanager
 def not_vital(what: str) -> Iterator[None]:
-    """A picture that cannot be drawn must not end days of training."""
+    """What only shows a run must not end days of training."""
     try:
         yield
     except Exception as error:
@@ -553,7 +554,7 @@ def draw_views(images: Tensor, views: tuple[Tensor, Tensor], path: Path) -> None
     sheet = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)  # [3, 3*S, 12*S]
     with write_whole(path) as temporary:
         Image.fromarray(sheet.permute(1, 2, 0).cpu().numpy()).save(temporary, "png")
-    log.info("%s: pairs as the encoder will see them; a person should still tell who it is", path)
+    log.info("%s: two views of each picture, as the encoder will see them; a person should still tell who it is", path)
 
 
 def draw_alignment(path: Path, mean: Tensor, train_mean: Tensor) -> None:
@@ -711,6 +712,14 @@ class Timer:
         self.waited, self.images = self.waited + time.perf_counter() - start, self.images + len(images)
         return images, others
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done meanwhile counts neither as steps nor as waiting."""
+        start = time.perf_counter()
+        yield
+        passed = time.perf_counter() - start
+        self.lap_started, self.waited = self.lap_started + passed, self.waited - passed
+
     def lap(self) -> dict[str, float]:
         now = time.perf_counter()
         passed, rate = now - self.lap_started, self.images / (now - self.lap_started)
@@ -746,7 +755,7 @@ class Run(NamedTuple):
         """uint8 [B, 3, S, S] of steps start..stop-1, on the device."""
         return self.mix.batches(start, stop, self.training.device, self.cfg.data.workers)
 
-    def pairs(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def pairs(self, start: int, stop: int, timer: Timer) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Of steps start..stop-1: the pictures, and those whose views are their positives; None for the pictures themselves."""
         if self.cfg.positives.name == "self":
             yield from ((images, None) for images in self.batches(start, stop))
@@ -758,7 +767,8 @@ class Run(NamedTuple):
                 if self.cfg.split.validation_ratio:  # only to judge the links
                     validation = dataio.find_rows(self.cfg.data, self.cfg.split, "val")
                     others = functools.partial(describe_rows, validation, self.cfg, self.training.device)
-                self.training.renew_links(lambda: dataio.pictures_in(caches, self.training.device), rows, cfg, others)
+                with timer.paused():
+                    self.training.renew_links(lambda: dataio.pictures_in(caches, self.training.device), rows, cfg, others)
             partners = self.training.links_in_use[1].partners.numpy()
             linked = [dataio.Partners(caches, number, partners, cfg.p) for number in range(len(caches))]
             others = dataio.mix_from_start(linked, self.schedule).batches(first, last, self.training.device, self.cfg.data.workers)
@@ -956,7 +966,8 @@ def run_steps(run: Run, monitor: list[tuple[Tensor, Tensor]], last_step: int) ->
     timer, told_signs, drawn_at, rest = Timer(), set(), time.monotonic(), schedule.rest
     counts = {"total": schedule.total_steps * schedule.batch_size, "initial": training.step * schedule.batch_size}
     with (
-        contextlib.closing(run.pairs(training.step, last_step)) as batches, open(run.folder / "train_log.jsonl", "a") as log_file,
+        contextlib.closing(run.pairs(training.step, last_step, timer)) as batches,
+        open(run.folder / "train_log.jsonl", "a") as log_file,
         progress(**counts, desc="training", unit="image", smoothing=0.1) as bar, StopAsked() as stop,
     ):  # fmt: skip
         for step in range(training.step, last_step):
@@ -981,8 +992,8 @@ def run_steps(run: Run, monitor: list[tuple[Tensor, Tensor]], last_step: int) ->
                 if epoch_ends:
                     entry |= {"monitor_loss": training.monitor["last"], "monitor_untrained": training.monitor["untrained"]}
                 if epoch_ends and run.probe and epoch % cfg.train.probe_every_epochs == 0:
-                    entry |= measure_probe(run)
-                    timer.lap()  # the next steps are not to blame for its time
+                    with timer.paused(), not_vital("probe"):
+                        entry |= measure_probe(run)
                 log_file.write(json.dumps(entry) + "\n")
                 log_file.flush()
                 os.fsync(log_file.fileno())  # a checkpoint must not outlive the lines before it
@@ -1018,7 +1029,7 @@ def whiten_checkpoints(cfg: Config, folder: Path, sources: list[dataio.Passes], 
         if "whitening" not in state:
             moco.load_weights(model, state["model"])
             whitening, state["mean_picture"] = fit_whitening(model.query.backbone, sources, cfg, device)
-            state["whitening"] = whitening._asdict()
+            state["whitening"], state["config"]["embed"]["flip"] = whitening._asdict(), cfg.embed.flip
             write_checkpoint(state, path)
     link(end, last)
     if is_last and best.exists():
@@ -1194,7 +1205,7 @@ def try_steps(cfg: Config, rows: dataio.Rows, scratch: Path) -> dict:
     if cfg.train.compile:
         training.compile()
     steps = min(1 + CHECK_STEPS, schedule.total_steps)
-    with contextlib.closing(run.pairs(0, steps)) as batches:
+    with contextlib.closing(run.pairs(0, steps, timer)) as batches:
         for step in progress(range(steps), desc="trying steps", unit="step", leave=False):
             if step == 1:  # after compiling
                 int(training.first_bad_step)  # waits for the device
@@ -1257,6 +1268,8 @@ def check(cfg: Config, folder: Path, typed: set[str]) -> None:
             page[side] = rows and attempt(side, lambda rows=rows: describe_side(rows, cfg))
             if rows and side == "train":
                 page["steps"] = attempt("steps", lambda rows=rows: try_steps(cfg, rows, Path(scratch)))
+                if cfg.train.probe_every_epochs:
+                    attempt("train.probe_every_epochs", lambda rows=rows: find_probe(cfg, rows.tables))
         page["eval"] = attempt("eval", lambda: look_ahead(cfg))
     page["free_disk_gb"] = shutil.disk_usage(folder).free / 1e9
     need = page["steps"]["checkpoints_gb"] + page["steps"]["cache_gb"] * (cfg.data.cache != "none") if page.get("steps") else 0
@@ -1283,7 +1296,8 @@ def sample_images(sources: list[dataio.Passes], cfg: Config, count: int) -> Iter
     rows = list(map(len, sources))
     schedule = dataio.Schedule(None, rows, min(256, sum(rows)), 1)
     steps = min(schedule.steps_per_epoch, -(-count // schedule.batch_size))
-    return dataio.mix_from_start(sources, schedule).batches(0, steps, workers=cfg.data.workers)
+    where = sources[0].images.device if sources[0].on_device else "cpu"
+    return dataio.mix_from_start(sources, schedule).batches(0, steps, where, cfg.data.workers)
 
 
 def mean_picture(batches: Iterable[Tensor]) -> Tensor:
@@ -1359,7 +1373,7 @@ def find_train_rows(cfg: Config, table: str, needed: dict[str, bool]) -> dataio.
 def count_trained_on(cfg: Config, table: str) -> int | None:
     """How many identities of embed.test_glob are on the train side of the run's split table; None where the table is not there."""
     splits = dataio.read_identity_splits(cfg.split.table) if cfg.split.table.exists() else None
-    if splits is None or splits.hash != table:
+    if splits is None or table not in splits.hashes:
         told = "%s is not the split table of this checkpoint: nobody can tell whether these identities were trained on"
         log.warning(told, cfg.split.table)
         return None
@@ -1399,11 +1413,16 @@ def load_trained(cfg: Config, folder: Path, typed: set[str], needed: dict[str, b
         if not any(under(key, ("backbone",)) for key in typed):
             cfg = dataclasses.replace(cfg, backbone=weights.config)
     backbone = moco.put_weights(moco.build_backbone(cfg.backbone), weights, path).to(device)
-    whitening, mean = weights.whitening if cfg.embed.whiten == "train" else None, state.get("mean_picture")
+    fitted = weights.whitening if weights.flip == cfg.embed.flip else None  # mirrored vectors have other directions than plain ones
+    whitening, mean = fitted if cfg.embed.whiten == "train" else None, state.get("mean_picture")
     fits = cfg.embed.whiten == "train" and whitening is None
     rows = find_train_rows(cfg, meta["table"], needed | {"whitening": fits})
     if rows and fits:
         whitening, mean = fit_whitening(backbone, dataio.open_streams(rows, cfg.data, cfg.seed), cfg, device)
+    if not meta["table"]:
+        mean = None  # of other pictures than these weights were trained on
+        if rows and fits:
+            log.warning("%s: whitened by the train rows here; embed.whiten=none leaves it as it is", path)
     encoder = moco.freeze(backbone, device, cfg.embed.flip, whitening)
     digest = dataio.digest(*(f"{name} {value.double().sum().item()}" for name, value in weights.backbone.items()))
     made = {"table": meta["table"], "step": state.get("step"), "extended": meta.get("extended", [])}
@@ -1517,6 +1536,8 @@ def export(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
     layout = f"uint8 [n, {side}, {side}, 3]" if cfg.export.input == "uint8" else f"float32 [n, 3, {side}, {side}]"
     layout += ", RGB as decoded" + ", divided by 127.5, minus 1" * (cfg.export.input == "normalised")
     use = {"input": {"pictures": layout}, "output": {"vectors": "float32 [n, 512], of length 1; their dot product is the cosine"}}
+    for name in {"onnx", "safetensors", "pt"} - {*cfg.export.formats}:  # stale: of another encoder, maybe
+        (out / f"encoder.{name}").unlink(missing_ok=True)
     write_text(out / "encoder.json", json.dumps(use | {"files": files} | note, indent=1))
     card = {
         "name": folder.name, "side": side, "backbone": cfg.backbone.name,
@@ -1604,9 +1625,9 @@ def check_provenance(path: Path, data: dataio.VectorTable, cfg: Config, folder: 
     if note.get("trained_on") is None:
         log.warning("%s: embed could not tell whether its identities were trained on", path)
     lines, made_at = read_log(folder), note.get("step")
-    if cfg.embed.checkpoint == "last" and lines and made_at not in (None, lines[-1]["step"]):
-        told = "%s is of step %d, the run is at step %d: command=embed brings it up to date"
-        log.warning(told, path, made_at, lines[-1]["step"])
+    if cfg.embed.checkpoint == "last" and lines and made_at != lines[-1]["step"]:
+        of = "by weights of another program" if made_at is None else f"of step {made_at}"
+        log.warning("%s is %s, the run is at step %d: command=embed brings it up to date", path, of, lines[-1]["step"])
     made_with, ours = note.get("table"), {start["table"] for start in read_starts(folder)}
     if made_with and ours and made_with not in ours:
         raise ValueError(f"{path}: its checkpoint was trained with split table {made_with}, the run in {folder} with {min(ours)}")
@@ -1676,14 +1697,17 @@ def measure_benchmarks(path: Path, cfg: Config, folder: Path) -> dict[str, dict[
     for pairs in dataio.find_files(cfg.eval.pairs):
         name, pictures = pairs.stem.removesuffix("_pairs"), pictures_of(pairs)
         vectors = path.with_name(f"{short_name(str(pictures))}.parquet") if pictures else path
+        cure = f"command=embed run={shlex.quote(cfg.run)} embed.test_glob={shlex.quote(str(pictures))}"
         if not vectors.is_file():
-            cure = f"command=embed run={shlex.quote(cfg.run)} embed.test_glob={shlex.quote(str(pictures))}"
             raise FileNotFoundError(f"{pairs}: is scored on {vectors}, which is not there; write it by {cure}")
         if name in found["trained"]:
             raise ValueError(f"eval.pairs: two files of the name {name}, {pairs} is the second; rename one")
         data = read_vectors(vectors)
         if vectors != path:
             check_provenance(vectors, data, cfg, folder)
+            made = dataio.read_metadata(path)
+            if any(data.note.get(key) != made.get(key) for key in ("checkpoint", "flip", "whitened")):
+                raise ValueError(f"{vectors}: not by the encoder of {path}; write it again by {cure}")
         found["trained"][name] = measure_pairs(pairs, data, cfg.eval.fars)
         for encoder in REFERENCES:
             if reference := read_reference(vectors, encoder, data):
@@ -1888,7 +1912,7 @@ def train_for_objective(cfg: Config, folder: Path, typed: set[str]) -> float:
     if not cfg.split.validation_ratio:
         return monitor
     chosen = dataclasses.replace(
-        cfg.embed, checkpoint="last", split="val", test_glob=None, references=False, leak_check=False,
+        cfg.embed, checkpoint="last", split="val", test_glob=None, align="none", references=False, leak_check=False,
         out="embeddings/val_embeddings.parquet",
     )  # fmt: skip
     embed(dataclasses.replace(cfg, embed=chosen), folder, typed)

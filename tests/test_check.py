@@ -54,6 +54,7 @@ def test_the_part_of_a_step_that_takes_longest_is_named_unless_it_is_done_once(c
 def test_slow_decoding_is_the_limit_and_counts_once_where_there_is_a_cache(data, tmp_path, monkeypatch):
     original = dataio.decode_image
     monkeypatch.setattr(dataio, "decode_image", lambda *a: time.sleep(0.02) or original(*a))
+    monkeypatch.setattr(sniperface, "CHECK_STEPS", 4)
 
     def steps(cache):
         checked(data, tmp_path, f"data.cache={cache}", "train.epochs=100", "data.workers=1")()

@@ -126,8 +126,15 @@ def test_references_of_an_earlier_embed_do_not_stay_beside_other_vectors(piped, 
     assert "untrained" not in sniperface.evaluate(settings(*words), tmp_path / "run")
 
 
-def test_embeddings_of_people_who_were_trained_on_are_not_measured(words, tmp_path, people):
+@pytest.mark.parametrize("extended", [False, True])
+def test_embeddings_of_people_who_were_trained_on_are_not_measured(words, tmp_path, people, extended):
     train(words, tmp_path, "train.max_steps=2")
+    if extended:
+        table = settings(*words).split.table
+        before = dataio.read_identity_splits(table)
+        known = {name: side for side, names in before.identities.items() for name in names}
+        dataio.write_identity_splits([*known, "a newcomer"], table, 0.75, before.note["seed"], known=known, extends=before.hashes)
+        assert dataio.read_identity_splits(table).hash != before.hash
     glob = f"embed.test_glob={people}/*.parquet"
     sniperface.embed(settings(*words, glob, "embed.references=false"), tmp_path, {"embed.test_glob"})
     with pytest.raises(ValueError, match="30 of its identities were trained on"):

@@ -24,16 +24,15 @@ def pictures_of(vectors: dataio.VectorTable, data) -> np.ndarray:
 
 @pytest.mark.parametrize("given", ["uint8", "float", "normalised"])
 def test_embed_the_files_and_the_notebook_give_the_same_vectors(trained, unbroken, data, given, no_pictures):
-    words = "embed.flip=true", f"export.input={given}"
+    flip = given == "uint8"  # the run was trained without
+    words = f"embed.flip={str(flip).lower()}", f"export.input={given}"
     cfg = job(unbroken, data, *words)
     sniperface.embed(cfg, trained, typed_keys(words))
     sniperface.export(cfg, trained, typed_keys(words))
     vectors = dataio.read_vectors(trained / "embeddings" / "test_embeddings.parquet")
     decoded = pictures_of(vectors, data)
-    for encode in (
-        moco.load_encoder(trained / "export/encoder.safetensors"),
-        moco.load_encoder(trained / "checkpoints/last.pt", flip=True),
-    ):
+    files = ["export/encoder.safetensors", *["checkpoints/last.pt"] * (not flip)]
+    for encode in (moco.load_encoder(trained / file) for file in files):
         assert np.abs(encode(decoded).numpy() - vectors.vectors).max() < 1e-5
         assert torch.equal(encode(torch.from_numpy(decoded[:9])), encode(decoded[:9].transpose(0, 3, 1, 2) / np.float32(127.5) - 1))
     session = onnxruntime.InferenceSession(trained / "export" / "encoder.onnx")
@@ -43,8 +42,9 @@ def test_embed_the_files_and_the_notebook_give_the_same_vectors(trained, unbroke
         found = session.run(["vectors"], {"pictures": pictures[:count]})[0]
         assert np.abs(found - vectors.vectors[:count]).max() < 1e-4
     note = json.loads((trained / "export" / "encoder.json").read_text())
-    assert note["flip"]
+    assert note["flip"] == flip
     assert note["whitened"]
+    assert moco.load_encoder(trained / "checkpoints/last.pt", flip=True).mean is None  # its whitening is of plain vectors
     assert note["input"]["pictures"].startswith("uint8" if given == "uint8" else "float32")
     assert note["input"]["pictures"].endswith("minus 1") == (given == "normalised")
     assert "$" not in (trained / "export" / "README.md").read_text()
@@ -56,13 +56,19 @@ def test_the_public_names_go_out_and_come_in_again(trained, unbroken, data, tmp_
     weights = torch.load(trained / "export" / "encoder.pt", weights_only=True)
     model = state_of(trained)["model"]
     assert bits(weights) == bits({name: model[f"query.backbone.{name}"] for name in weights})
-    torch.save({"state_dict": {f"module.{name}": value for name, value in weights.items()}}, tmp_path / "public.pth")
+    of_another_program = {"config": {"lr": 0.1}, "state_dict": {f"module.{name}": value for name, value in weights.items()}}
+    torch.save(of_another_program, tmp_path / "public.pth")
+    sniperface.export(job(unbroken, data, "export.formats=[safetensors]", "embed.whiten=none"), trained, {"embed.whiten"})
+    assert not (trained / "export" / "encoder.pt").exists()  # it may be of another encoder than the card
     sniperface.embed(job(unbroken, data, "embed.whiten=none"), trained, {"embed.whiten"})
     ours = dataio.read_vectors(trained / "embeddings" / "test_embeddings.parquet").vectors
     words = "embed.whiten=none", f"embed.checkpoint={tmp_path}/public.pth", "embed.references=false", "embed.out=public.parquet"
     sniperface.embed(job(unbroken, data, *words), tmp_path / "new", typed_keys(words))
     assert np.array_equal(dataio.read_vectors(tmp_path / "new" / "public.parquet").vectors, ours)
     assert "nobody can tell here whom they were trained on" in caplog.text
+    sniperface.embed(job(unbroken, data, *words[:3]), trained, typed_keys(words[:3]))
+    sniperface.evaluate(job(unbroken, data), trained)
+    assert "is by weights of another program, the run is at step 8" in caplog.text
     words = *words, "export.formats=[pt]"
     sniperface.export(job(unbroken, data, *words), tmp_path / "new", typed_keys(words))
     assert "`public.pth` holds weights of another program" in (tmp_path / "new" / "export" / "README.md").read_text()
@@ -133,10 +139,14 @@ def test_weights_of_a_run_with_another_split_are_refused(words, tmp_path):
     assert "it may have seen the test identities" in refusal(lambda: train(words, tmp_path / "second", *other))
 
 
-def test_the_validation_identities_are_measured_while_it_trains(words, tmp_path):
+def test_the_validation_identities_are_measured_while_it_trains(words, tmp_path, monkeypatch, caplog):
     sides = "split.validation_ratio=0.3", "train.probe_every_epochs=1", "split.materialize=no"
     train(words, tmp_path / "run", *sides)
     lines = sniperface.read_log(tmp_path / "run")
     assert [line["epoch"] for line in lines if "probe_rank1" in line] == [1, 2]
     assert all(0 <= line["probe_rank1"] <= 1 for line in lines if "probe_rank1" in line)
     assert "needs split.validation_ratio" in refusal(lambda: settings("train.probe_every_epochs=1"))
+    monkeypatch.setattr(moco, "measure", lambda *_: moco.enrol(np.array(["one person"] * 5), np.arange(5), 5, 0))  # refused
+    train(words, tmp_path / "blind", *sides)
+    assert "no probe: " in caplog.text
+    assert [line["step"] for line in sniperface.read_log(tmp_path / "blind")] == [line["step"] for line in lines]

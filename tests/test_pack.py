@@ -498,6 +498,10 @@ def test_benchmarks_are_measured_on_their_own_vectors_with_a_row_each_and_their_
     for row, figures in (("agedb_30, 40", found["agedb_30"]), ("lfw, 60", found["lfw"])):
         assert any(line.startswith(f"{row} ") and f"{figures['accuracy']:.4f} +- " in line for line in lines)
     assert any(re.match(rf"mean +{metrics['pairs_mean']:.4f} ", line) for line in lines)
+    sniperface.embed(runs.job(unbroken, data, "embed.flip=true", "embed.references=false"), trained, {"embed.flip"})
+    told = refusal(lambda: sniperface.evaluate(cfg, trained))  # the benchmarks' vectors are of another encoder now
+    assert "agedb_30.parquet: not by the encoder of" in told
+    assert cure in told
 
 
 def test_the_command_packs_and_says_what_it_lacks(tmp_path):

@@ -213,6 +213,23 @@ HEALTHY = {"step": 9, "epoch": 2, "spread": 0.9, "pos_sim": 0.5, "neg_sim": 0.0,
 )
 def test_the_signs_of_a_run_that_comes_to_nothing_are_told(words, change, warmed_up, causes):
     assert list(moco.signs_of_failure(HEALTHY | change, 4.0, settings(*words).train, warmed_up)) == causes
+    from_good_weights = settings(*words, "train.init=good.pt").train  # need not get better within an epoch
+    found = list(moco.signs_of_failure(HEALTHY | change, 4.0, from_good_weights, warmed_up))
+    assert found == [cause for cause in causes if cause != "not learning"]
+
+
+def test_what_is_done_while_a_timer_pauses_counts_neither_as_steps_nor_as_waiting(monkeypatch):
+    now = iter([0.0, 0.0, 1.0, 101.0, 102.0, 110.0])  # made, next begins, pause, its end, next is back, lap
+    monkeypatch.setattr(sniperface.time, "perf_counter", lambda: next(now))
+    timer = sniperface.Timer()
+
+    def batches():
+        with timer.paused():
+            pass
+        yield torch.zeros(20), None
+
+    timer.next(batches())
+    assert timer.lap() == {"images_per_s": 2.0, "data_wait": 0.2, "seconds": 110.0}
 
 
 def test_a_collapse_is_told_once_an_epoch_or_stops_the_run_and_a_sound_run_hears_nothing(words, tmp_path, monkeypatch, caplog):
