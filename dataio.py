@@ -30,7 +30,7 @@ import urllib.parse
 import zipfile
 import zlib
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
@@ -184,7 +184,7 @@ def find_files(globs: str | Path | Sequence[str | Path]) -> list[Path]:
                 cure = f"make some of its pictures by command=pack pack.source={match} pack.out={out}, then give {out}_*.parquet"
             raise FileNotFoundError(f"{match}: a folder without a .parquet file; {cure}")
         found += map(Path, files)
-    return sorted({os.path.abspath(path): path for path in found}.values(), key=lambda path: (path.name, str(path)))
+    return sorted({os.path.realpath(path): path for path in found}.values(), key=lambda path: (path.name, str(path)))
 
 
 def first_line(error: BaseException) -> str:
@@ -487,7 +487,10 @@ class RowIndex:
 
 
 def mark_bytes(path: Path, size: int) -> str:
-    """A digest of a file's size and of 4 kB at 64 places of it: it changes when pictures or how they are stored do."""
+    """A digest of a file's size and of 4 kB at 64 places of it: it changes when the file is written with other pictures.
+
+    Not when a few of them are replaced in place by others of the same size, such as BMPs.
+    """
     with naming(path), open(path, "rb") as file:
         places = np.linspace(0, max(0, size - 4096), 64).astype(int).tolist()
         return digest(size, *(zlib.crc32(os.pread(file.fileno(), 4096, place)) for place in places))
@@ -592,27 +595,16 @@ def mark_files(index: RowIndex) -> list[dict]:
 
 
 def changed_files(saved: list[dict], found: list[dict], plain: bool) -> list[str]:
-    """What of a source's files changed since they were marked, in words; names may, and how they are compressed or written.
+    """What of a source's files, in their order, changed since they were marked, in words; names and compression may.
 
     plain: they are streamed plainly, in an order that depends on the row groups.
     """
-
-    def changes(old: dict, new: dict) -> list[str]:
-        kinds = ["rows", "people", *["pictures"] * (old["bytes"] != new["bytes"]), *["row groups"] * plain]
-        return [kind for kind in kinds if old[kind] != new[kind]]
-
-    if len(saved) == len(found) and not any(itertools.starmap(changes, zip(saved, found, strict=True))):
-        return []
-    told, named = [], {mark["name"]: mark for mark in found}
-    new, alike = named.copy(), {(mark["rows"], mark["people"]): mark for mark in found}
-    for old in saved:
-        if now := named.get(old["name"]) or alike.get((old["rows"], old["people"])):
-            new.pop(now["name"], None)
-            what = [f"name ({now['name']})"] * (now["name"] != old["name"]) + changes(old, now)
-            told += [f"{old['name']} differs in {', '.join(what)}"] * bool(what)
-        else:
-            told.append(f"{old['name']} is gone")
-    return told + [f"{name} is new" for name in new]
+    told = [f"{len(found)} files instead of {len(saved)}"] * (len(found) != len(saved))
+    for old, new in zip(saved, found, strict=False):
+        what = [kind for kind in ("rows", "people", "pictures", *["row groups"] * plain) if old[kind] != new[kind]]
+        now = f", now {new['name']}," * (new["name"] != old["name"])
+        told += [f"{old['name']}{now} differs in {', '.join(what)}"] * bool(what)
+    return told
 
 
 def regroup(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
@@ -670,6 +662,11 @@ def find_sources(cfg: DataConfig) -> dict[str, list[Path]]:
             "set data.digiface_glob and data.digi2real_glob.\n"
             "To see everything work without data: uv run python sniperface.py experiment=demo"
         ) from error
+    for source, paths in files.items():
+        if len({"split" in read_metadata(path) for path in paths}) > 1:
+            raise ValueError(
+                f"data.{source}_glob matches shards of command=split and other files; give one kind, else rows count twice"
+            )
     doubled = set.intersection(*({path.resolve() for path in paths} for paths in files.values())) if len(files) > 1 else set()
     if doubled:  # its pictures would be enrolled under one source and probed under the other
         raise ValueError(f"{min(doubled)}: matches both data.digiface_glob and data.digi2real_glob; give each source its own files")
@@ -689,6 +686,8 @@ def find_splits(data: DataConfig, cfg: SplitConfig, extend: bool = False) -> Spl
         return splits
     splits = read_identity_splits(cfg.table)
     made_with = {key: splits.note.get(key) for key in wanted}
+    if not splits.note:
+        raise ValueError(f"{cfg.table}: not written by command=split, or by another program since; set another split.out_dir")
     if made_with != wanted:
         raise ValueError(f"{cfg.table} was made with {made_with}, asked for is {wanted}; set these, or another split.out_dir")
     known = {identity: side for side, identities in splits.identities.items() for identity in identities}
@@ -851,8 +850,6 @@ def materialize_split(
     waits. Raises OSError where the disk has no room.
     """
     out_dir, splits = Path(out_dir), read_identity_splits(splits_table)
-    if split_name not in splits.identities:
-        raise ValueError(f"split_name={split_name!r}: must be one of {sorted(splits.identities)}")
     index = build_index(input_glob, splits.identities[split_name], columns)
     rows = -(-len(index) // min(len(index), -(-index.image_bytes() // SHARD_BYTES)))
     names = [f"{out_dir.name}_{shard:05d}.parquet" for shard in range(-(-len(index) // rows))]
@@ -903,6 +900,9 @@ def without_notes(data: bytes) -> bytes:
                 at += len(part)
             return b"".join(kept)
     return data
+
+
+DECODING = 1  # to be raised when `decode_image` gives other pixels: part of the names of caches
 
 
 def decode_image(data: bytes | memoryview, size: int, max_pixels: int) -> np.ndarray:
@@ -976,28 +976,17 @@ class BadImages:
     def __init__(self, max_fraction: float, whole: int, instead: str):
         self.max_fraction, self.whole, self.instead, self.lock = max_fraction, whole, instead, threading.Lock()
         self.found: dict[tuple[Path, int], str] = {}  # why, by file and row
-        self.met: dict[tuple[Path, int], int] = {}  # number of the image that met it first: threads decode ahead
 
-    def add(self, path: Path, row: int, reason: str, met: int = 0) -> None:
-        """Note a broken image. Raises ValueError where no number of good ones can make up for those that were found."""
+    def add(self, path: Path, row: int, reason: str) -> None:
+        """Note a broken image. Raises ValueError where those found are more than the allowed fraction of the whole."""
         with self.lock:
-            self.met[path, row] = min(met, self.met.get((path, row), met))
             if (path, row) not in self.found and len(self.found) < 10:
                 log.warning("%s row %d: broken image (%s); %s", path, row, reason, self.instead)
             self.found.setdefault((path, row), reason)
-        self.judge(self.whole, ahead=True)
-
-    def judge(self, seen: int, ahead: bool = False) -> None:
-        """Raise ValueError if more than the allowed fraction of `seen` images is broken; judged from 1,000 on, or all there are.
-
-        ahead: count also those that threads have met further on.
-        """
-        with self.lock:
-            count, of = sum(ahead or met < seen for met in self.met.values()), min(seen, self.whole)
-            if count > self.max_fraction * of and seen >= min(1000, self.whole):
+            if len(self.found) > self.max_fraction * self.whole:
                 (path, row), reason = next(iter(self.found.items()))
                 raise ValueError(
-                    f"{count} of {of} images are broken, more than data.max_bad_fraction={self.max_fraction}; "
+                    f"{len(self.found)} of {self.whole} images are broken, more than data.max_bad_fraction={self.max_fraction}; "
                     f"the first: {path} row {row} ({reason})"
                 )
 
@@ -1040,10 +1029,9 @@ def decoded_rows(index: RowIndex, cfg: DataConfig, batch_rows: int) -> Iterator[
             else:
                 good[i] = picture
         stack = np.stack([*good.values()]) if good else np.empty((0, 1, 1, 3), np.uint8)
-        kept, done = table.take(list(good)), done + len(table)
+        kept, done = table.take(np.array([*good], np.int64)), done + len(table)
         hashes = pa.array(map(image_hash, kept["image_bytes"]), pa.int64())
         yield kept.drop_columns("image_bytes").append_column("image_hash", hashes), torch.from_numpy(stack).permute(0, 3, 1, 2)
-        bad.judge(done)
 
 
 def image_hash(data: pa.BinaryScalar) -> int:
@@ -1051,17 +1039,14 @@ def image_hash(data: pa.BinaryScalar) -> int:
     return int.from_bytes(hashlib.blake2b(data.as_buffer() or b"", digest_size=8).digest(), signed=True)
 
 
-def hash_pictures(indices: Collection[RowIndex], why: str) -> Iterator[int]:
-    """The `image_hash` of each picture, row for row; reads all of them, and says `why` on a bar."""
-    with progress(total=sum(map(len, indices)), desc=why, unit="image", leave=False) as bar:
-        for table in itertools.chain.from_iterable(read_rows(index, names=["image_bytes"]) for index in indices):
-            yield from map(image_hash, table["image_bytes"])
-            bar.update(len(table))
-
-
 def count_pictures(rows: Rows, hashes: set[int]) -> int:
     """How many of the pictures, by `image_hash`, stand byte for byte in `rows`, under whatever name; reads all of those."""
-    return len(hashes.intersection(hash_pictures(rows.indices.values(), "looking for these pictures in train")))
+    found: set[int] = set()
+    with progress(total=len(rows), desc="looking for these pictures in train", unit="image", leave=False) as bar:
+        for table in itertools.chain.from_iterable(read_rows(index, names=["image_bytes"]) for index in rows.indices.values()):
+            found |= hashes.intersection(map(image_hash, table["image_bytes"]))
+            bar.update(len(table))
+    return len(found)
 
 
 def read_names(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -1133,26 +1118,55 @@ class PackConfig:
 naming_archive = functools.partial(naming, what="cannot be read as a folder, zip or tar", errors=Exception)  # of a dozen types
 
 
+class Member(tarfile.TarInfo):
+    """An entry of a tar, or a header that is longer than any name or attribute, which tarfile would read whole."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.size > 1 << 20 and self.type in (
+            tarfile.XHDTYPE,
+            tarfile.XGLTYPE,
+            tarfile.GNUTYPE_LONGNAME,
+            tarfile.GNUTYPE_LONGLINK,
+        ):
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        return super()._proc_member(archive)
+
+
 @functools.lru_cache(maxsize=2)  # the directory of 144,000 entries takes a second to read
 def open_archive(path: Path) -> zipfile.ZipFile | tarfile.TarFile:
     with suppress(tarfile.ReadError):  # first, since a tar that ends with a zip passes for a zip
-        return tarfile.open(path)
+        return tarfile.open(path, tarinfo=Member)
     return zipfile.ZipFile(path)
 
 
-def list_entries(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Name, size in bytes (-1 for links and devices) and place of each file in a folder, zip or tar. Raises ValueError."""
+def list_entries(path: Path) -> Iterator[tuple[str, int, int, int]]:
+    """Of each file in a folder, zip or tar: name, size in bytes (-1 for links and devices), place, and its time or checksum.
+
+    Raises ValueError for what cannot be read to its end.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
     with naming_archive(path):
         if path.is_dir():
-            for file in (Path(folder, name) for folder, _, names in os.walk(path) for name in names):
-                yield str(file.relative_to(path)), file.stat().st_size if file.is_file() else -1, 0
+            for folder, folders, names in os.walk(path, onerror=refuse):
+                links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+                for file in (Path(folder, name) for name in (*links, *names)):
+                    size, time = stamp(file) if file.is_file() else (-1, 0)
+                    yield str(file.relative_to(path)), size, 0, time
         elif isinstance(archive := open_archive(path), zipfile.ZipFile):
-            yield from ((info.filename, info.file_size, n) for n, info in enumerate(archive.infolist()) if not info.is_dir())
+            entries = enumerate(archive.infolist())
+            yield from ((info.filename, info.file_size, n, info.CRC) for n, info in entries if not info.is_dir())
         else:
             for member in archive:
                 archive.members = []  # else it keeps them all
                 if not member.isdir():
-                    yield member.name, member.size if member.isreg() and not member.issparse() else -1, member.offset_data
+                    size = member.size if member.isreg() and not member.issparse() else -1
+                    yield member.name, size, member.offset_data, int(member.mtime)
+            archive.fileobj.seek(archive.offset)
+            if not (rest := archive.fileobj.read(1 << 20)) or any(rest):  # tarfile ends at a damaged header without a word
+                raise ValueError(f"damaged or cut at byte {archive.offset}")
 
 
 def read_entry(path: Path, name: str, size: int, place: int) -> bytes:
@@ -1194,27 +1208,27 @@ def printable(name: str) -> str:
 def list_pictures(paths: Sequence[Path]) -> tuple[pa.Table, dict[str, list[str]]]:
     """The pictures `<identity>/<file>` in folders and archives, at any depth, sorted, numbers in names by their value.
 
-    A row each: `source` (number of the path), `name` (bytes), `size`, `place`, `identity`, `file`. Gives also the names of all
-    other entries, by reason. Raises ValueError where there is no picture.
+    A row each: `source` (number of the path), `name` (bytes), `size`, `place`, `mark`, `identity`, `file`. Gives also the names of
+    all other entries, by reason. Raises ValueError where there is no picture.
     """
-    names = ["source", "name", "size", "place", "identity", "file", "person", "picture"]
+    names = ["source", "name", "size", "place", "mark", "identity", "file", "person", "picture"]
     tables, left_out = [], {}
     for source, path in enumerate(paths):
         rows = []
-        for name, size, place in list_entries(path):
-            parts = [part.encode(errors="backslashreplace").decode() for part in re.split(r"[/\\]", name) if part != "."]
+        for name, size, place, mark in list_entries(path):
+            parts = [part.encode(errors="backslashreplace").decode() for part in re.split(r"[/\\]", name) if part != "."] or [""]
             if why := why_not_packed(parts, size):
                 left_out.setdefault(why, []).append(printable(f"{path}: {name}"))
                 continue
             by_value = (re.sub(r"\d+", lambda number: number[0].zfill(20), part) for part in parts[-2:])
-            rows.append((source, os.fsencode(name), size, place, *parts[-2:], *by_value))
+            rows.append((source, os.fsencode(name), size, place, mark, *parts[-2:], *by_value))
         if rows:
             tables.append(pa.table(list(map(pa.array, zip(*rows, strict=True))), names))
     if not tables:
         found = "; ".join(f"{why}: {entries[:3]}" for why, entries in left_out.items()) or "nothing"
         raise ValueError(f"{paths[0]}: no pictures laid out as <identity>/<file>, but {found}")
     order = ("person", "identity", "picture", "file", "source", "place", "name")
-    return pa.concat_tables(tables).sort_by([(name, "ascending") for name in order]).select(names[:6]), left_out
+    return pa.concat_tables(tables).sort_by([(name, "ascending") for name in order]).select(names[:7]), left_out
 
 
 def read_pictures(
@@ -1242,6 +1256,8 @@ def read_pictures(
         for row, told in zip(rows, found, strict=True):
             place, identity, file = f"{paths[row['source']]}: {os.fsdecode(row['name'])}", row["identity"], row["file"]
             others = held[identity, file]
+            if isinstance(getattr(row["data"], "__cause__", None), OSError) and row["data"].__cause__.errno:
+                raise row["data"]  # the disk is broken, not the picture
             if isinstance(told, ValueError):
                 counts["broken"][f"{printable(place)}: {first_line(told)}"] += 1
             elif row["data"] in others:
@@ -1302,7 +1318,7 @@ def pack(sources: str | Sequence[str], out: Path, cfg: DataConfig, one_file: boo
     """Pack the pictures `<identity>/<file>` of folders, zips and tars, byte for byte, as `out`_000.parquet, ...; give the paths.
 
     Nothing is unpacked to the disk. Sorted by identity and name; a stopped run goes on with the shards that it had finished.
-    Memory: three windows of WINDOW_BYTES, and some 200 bytes an entry. one_file: all as `out`.parquet. Raises ValueError where
+    Memory: three windows of WINDOW_BYTES, and some 600 bytes an entry. one_file: all as `out`.parquet. Raises ValueError where
     there is no picture, and for files of other pictures in the way.
     """
     paths = sorted({*map(Path, find_matches(sources))}, key=lambda path: (path.name, str(path)))
@@ -1313,7 +1329,8 @@ def pack(sources: str | Sequence[str], out: Path, cfg: DataConfig, one_file: boo
     }
     note = {"pack": digest(cfg.max_image_pixels, *(zlib.crc32(repr(b.to_pydict()).encode()) for b in table.to_batches(10_000)))}
     with locked(out.with_name(f".{out.name}.lock"), wait=True), progress(total=len(table), desc="packing", unit="image") as bar:
-        keep_others(files if one_file else sorted(out.parent.glob(f"{glob.escape(out.name)}_[0-9][0-9][0-9]*.parquet")), note)
+        ours = re.compile(re.escape(out.name) + r"_\d{3,}\.parquet").fullmatch
+        keep_others(files if one_file else filter(lambda path: ours(path.name), sorted(out.parent.iterdir())), note)
         missing = {path: windows for path, windows in files.items() if not path.exists()}
         sizes = [size for windows in missing.values() for window in windows for size in window["size"].to_pylist()]
         need_space(out.parent, sum(sizes) * 101 // 100, f"packing {len(table)} pictures")
@@ -1326,6 +1343,10 @@ def pack(sources: str | Sequence[str], out: Path, cfg: DataConfig, one_file: boo
                 writer.add_key_value_metadata({"sniperface.packed": json.dumps(counts)})
     open_archive.cache_clear()
     found, told = describe_packed([*files], left_out)
+    if not found[1]:
+        for path in files:
+            path.unlink()
+        raise ValueError(f"{paths[0]}: not one picture can be read: {told}")
     log.info("%s: %s", f"{out}{'' if one_file else '_*'}.parquet", told)
     for name, (pattern, *wanted) in KNOWN_SOURCES.items():
         if found != wanted and any(re.search(pattern, path.name, re.IGNORECASE) for path in (out, *paths)):
@@ -1351,6 +1372,13 @@ class BinUnpickler(pickle._Unpickler):  # the one in Python: in C's a number in 
     protocols, are pickled stand for `Inert` and for a change of text to bytes; any other name is refused.
     """
 
+    dispatch = pickle._Unpickler.dispatch.copy()
+
+    def load_bytearray8(self) -> None:  # the original makes as much room as the file claims
+        self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+
     def find_class(self, module: str, name: str) -> Callable:
         if (module, name) == ("_codecs", "encode"):
             return lambda text, encoding: text.encode("latin-1")
@@ -1369,7 +1397,10 @@ def read_bin(path: Path) -> tuple[list[bytes], list[bool]]:
     try:
         pictures, same = BinUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
         pictures = [as_bytes(picture) for picture in pictures]
-        same = [bool(as_bytes(one)[0]) if isinstance(one, Inert) else {0: False, 1: True}[one] for one in same]
+        same = [as_bytes(one)[0] if isinstance(one, Inert) else one for one in same]
+        if not all(isinstance(one, int) and one in (0, 1) for one in same):
+            raise ValueError("issame holds more than true and false")
+        same = list(map(bool, same))
         if not same or len(pictures) != 2 * len(same):
             raise ValueError(f"{len(pictures)} pictures for {len(same)} pairs")
     except Exception as error:  # of a damaged pickle: any
@@ -1428,8 +1459,11 @@ def pack_benchmark(source: str, pair_list: str | None, out: Path, cfg: DataConfi
         for n, side in enumerate("ab", 1):
             table |= {f"identity_id_{side}": [pair[n][0] for pair in listed]}
             table |= {f"image_filename_{side}": [files[pair[n]] for pair in listed]}
+    found = pa.table(table)
+    note = {"pack": digest(*found.to_pydict().items())}
+    keep_others([pairs], note)
     with write_whole(pairs) as temporary:
-        pq.write_table(pa.table(table), temporary)
+        pq.write_table(found.cast(with_metadata(found.schema, note)), temporary)
     return [images, pairs]
 
 
@@ -1501,14 +1535,14 @@ def load_batches(
     """
     device, size = torch.device(device), sources[0].image_size
     where = {"device": device} if sources[0].on_device else {"pin_memory": device.type == "cuda"}
-    pending: deque[tuple[int, Tensor, list[Future]]] = deque()
+    pending: deque[tuple[Tensor, list[Future]]] = deque()
 
     def begin(step: int) -> None:
         counts = np.subtract(drawn(step + 1), drawn(step)).tolist()
         images, futures = torch.empty(sum(counts), size, size, 3, dtype=torch.uint8, **where), []
         for source, first, count, part in zip(sources, drawn(step), counts, images.split(counts), strict=True):
             futures += source.submit(pool, first, first + count, part) if count else []
-        pending.append((step, images, futures))
+        pending.append((images, futures))
 
     with ThreadPoolExecutor(workers or os.cpu_count(), "decode") as pool:
         try:
@@ -1516,11 +1550,9 @@ def load_batches(
                 if step < stop:
                     begin(step)
                 if step - start >= PREFETCH:
-                    finished, images, futures = pending.popleft()
+                    images, futures = pending.popleft()
                     for future in futures:
                         future.result()
-                    for source, last in zip(sources, drawn(finished + 1), strict=True):
-                        source.bad.judge(last)
                     yield images.to(device, non_blocking=True).permute(0, 3, 1, 2)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -1566,7 +1598,7 @@ class ParquetImageStream(Passes):
         tables = list(read_unit(self.index, unit, wanted, ["image_bytes"], self.batch_read_rows))
         return pa.chunked_array([chunk for table in tables for chunk in table["image_bytes"].chunks], pa.binary())
 
-    def decode_row(self, unit: int, place: int, encoded: pa.ChunkedArray, image: int) -> np.ndarray:
+    def decode_row(self, unit: int, place: int, encoded: pa.ChunkedArray) -> np.ndarray:
         """Decode one image; for a broken one the next readable one of the row group, going round, then of the next row groups."""
         for step in range(len(self.index.units)):
             for i in range(len(encoded)):
@@ -1574,16 +1606,16 @@ class ParquetImageStream(Passes):
                 try:
                     return decode_image(encoded[candidate].as_buffer() or b"", self.image_size, self.max_pixels)
                 except ValueError as error:
-                    self.bad.add(*self.index.place(int(self.index.starts[unit]) + candidate), str(error), image)
+                    self.bad.add(*self.index.place(int(self.index.starts[unit]) + candidate), str(error))
             unit, place = (unit + 1) % len(self.index.units), 0
             encoded = self.read_unit(unit) if step + 1 < len(self.index.units) else encoded
         raise ValueError(f"not one of {len(self)} images can be decoded; the first: {next(iter(self.bad.found.items()))}")
 
-    def decode_rows(self, rows: np.ndarray, encoded: dict[int, Future], out: np.ndarray, first: int) -> None:
+    def decode_rows(self, rows: np.ndarray, encoded: dict[int, Future], out: np.ndarray) -> None:
         """Decode rows of the index into out [len(rows), S, S, 3]; waits for their row groups, whose reading started before."""
-        for image, (row, target) in enumerate(zip(rows.tolist(), out, strict=True), first):
+        for row, target in zip(rows.tolist(), out, strict=True):
             unit = int(self.index.unit[row])
-            target[:] = self.decode_row(unit, row - int(self.index.starts[unit]), encoded[unit].result(), image)
+            target[:] = self.decode_row(unit, row - int(self.index.starts[unit]), encoded[unit].result())
 
     def request(self, pool: ThreadPoolExecutor, number: int, units: np.ndarray) -> dict[int, Future]:
         """Start to read those units of a pass that are not there yet, or whose reading an earlier loader gave up."""
@@ -1605,7 +1637,7 @@ class ParquetImageStream(Passes):
                 part = rows[start : start + TASK_IMAGES]
                 encoded = self.request(pool, number, np.unique(self.index.unit[part]))
                 target = out[done + start : done + start + len(part)].numpy()
-                futures.append(pool.submit(self.decode_rows, part, encoded, target, first + done + start))
+                futures.append(pool.submit(self.decode_rows, part, encoded, target))
             done += len(rows)
         last_use = {number: self.plan(number)[1] + number * len(self) for number, _ in self.loaded}
         self.loaded = {key: read for key, read in self.loaded.items() if last_use[key[0]][key[1]] >= stop}
@@ -1664,17 +1696,6 @@ def build_cache(stream: ParquetImageStream, part: Path, note_path: Path, shape: 
             bar.update(len(batch))
 
 
-def name_cache(stream: ParquetImageStream, folder: Path) -> str:
-    """The name of a cache by what it is decoded from, so that files which are written anew with the same pictures share it.
-
-    The digest of the pictures, for which all of them are read, is kept in `folder`.
-    """
-    kept = folder / f"{stream.index.fingerprint}.pictures"
-    if not kept.exists():
-        write_text(kept, digest(*hash_pictures([stream.index], f"looking for these pictures in {folder}")))
-    return f"{digest(kept.read_text(), stream.image_size, stream.max_pixels, len(stream))}.u8"
-
-
 def open_cache(stream: ParquetImageStream, folder: Path, workers: int | None) -> np.memmap:
     """The decoded images of `stream` as a read-only map uint8 [N, S, S, 3], made if it is not there, checked by its checksums.
 
@@ -1682,7 +1703,8 @@ def open_cache(stream: ParquetImageStream, folder: Path, workers: int | None) ->
     Raises OSError where the disk has no room, ValueError for a damaged cache, or one with too many broken images.
     """
     need_writable(folder)
-    shape, name = (len(stream), stream.image_size, stream.image_size, 3), name_cache(stream, folder)
+    shape = (len(stream), stream.image_size, stream.image_size, 3)
+    name = f"{digest(DECODING, stream.index.fingerprint, stream.image_size, stream.max_pixels)}.u8"
     final, part, note_path = folder / name, folder / f"{name}.part", folder / f"{name}.json"
     with locked(folder / f".{name}.lock", wait=True):
         if not final.exists():
@@ -1742,7 +1764,7 @@ class Partners(Passes):
 
     def __init__(self, caches: Sequence[DecodedCache], number: int, partners: np.ndarray, p: float):
         self.own, self.caches, self.partners, self.p = caches[number], caches, partners, p
-        self.index, self.seed, self.image_size, self.bad = self.own.index, self.own.seed, self.own.image_size, self.own.bad
+        self.index, self.seed, self.image_size = self.own.index, self.own.seed, self.own.image_size
         self.on_device = self.own.on_device
         self.starts = np.cumsum([0, *map(len, caches)])
         self.first = self.starts[number]
@@ -2279,54 +2301,37 @@ class VectorWriter:
     """Writes a table of vectors: rows of `decoded_rows`, their source, and their vectors."""
 
     def __init__(self, path: Path, note: dict):
-        self.path, self.note, self.ready, self.writer, self.rows = path, note, [], None, 0
+        self.path, self.note, self.writer, self.rows = path, note, None, 0
 
     def add(self, table: pa.Table, source: str, vectors: np.ndarray) -> None:
         """table: `identity_id`, `image_filename`, `image_hash`; vectors: float32 [len(table), D]."""
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1), pa.float32()), vectors.shape[1])
-        self.ready.append(table.append_column("source", pa.array([source] * len(table))).append_column("embedding", column))
-        self.rows += len(table)
-        if sum(map(len, self.ready)) >= CACHE_CHUNK:  # few large row groups, whatever embed.batch_size
-            self.flush()
-
-    def flush(self) -> None:
-        table = pa.concat_tables(self.ready)
+        table = table.append_column("source", pa.array([source] * len(table))).append_column("embedding", column)
         if self.writer is None:
             schema = with_metadata(table.schema, self.note)
             self.writer = pq.ParquetWriter(self.path, schema, compression="none", write_page_checksum=True)
         self.writer.write_table(table)
-        self.ready = []
+        self.rows += len(table)
 
     def close(self, last_words: dict[str, str]) -> None:
         """End the file, with metadata known only at the end. Raises ValueError where there is no row."""
         if not self.rows:
             raise ValueError("not one image to embed: the chosen rows are empty or broken")
-        if self.ready:
-            self.flush()
         self.writer.add_key_value_metadata({"sniperface.rows": str(self.rows)} | last_words)
         self.writer.close()
 
 
-def read_embedding_column(path: Path, parquet: pq.ParquetFile, count: int) -> np.ndarray:
-    """The column `embedding` as float32 [count, D], a row group at a time: what is held twice is one row group."""
-    vectors, done = np.empty((0, 1), np.float32), 0
-    for group in range(parquet.num_row_groups):
-        with naming(path):
-            column = parquet.read_row_group(group, columns=["embedding"])["embedding"].combine_chunks()
-        flat, widths = column.flatten(), pc.unique(pc.list_value_length(column)).to_pylist()
-        if column.null_count or flat.null_count:
-            raise ValueError(f"{path}: {max(column.null_count, 1)} rows have no embedding; write it again with command=embed")
-        if len(column):  # only now is it known that rows are so long
-            vectors = vectors if done else np.empty((count, widths[0]), np.float32)
-            if {*widths} != {vectors.shape[1]} or widths == [0]:
-                raise ValueError(f"{path}: embeddings of {sorted({*widths, vectors.shape[1]})} numbers; all need one width above 0")
-            rows = flat.to_numpy(zero_copy_only=False).reshape(len(column), -1)
-            with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite, and is refused as that
-                vectors[done : done + len(rows)] = rows[: max(0, count - done)]
-        done += len(column)
-    if done != count:
-        raise ValueError(f"{path}: damaged ({done} vectors for {count} names); write it again with command=embed")
-    return vectors
+def read_embedding_column(path: Path, parquet: pq.ParquetFile) -> np.ndarray:
+    """The column `embedding` as float32 [N, D]."""
+    with naming(path):
+        column = parquet.read(columns=["embedding"])["embedding"].combine_chunks()
+    flat, widths = column.flatten(), pc.unique(pc.list_value_length(column)).to_pylist() or [1]
+    if column.null_count or flat.null_count:
+        raise ValueError(f"{path}: {max(column.null_count, 1)} rows have no embedding; write it again with command=embed")
+    if len(widths) > 1 or widths == [0]:
+        raise ValueError(f"{path}: embeddings of {sorted(widths)} numbers; all need one width above 0")
+    with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite, and is refused as that
+        return flat.to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, widths[0])
 
 
 def read_vectors(path: Path) -> VectorTable:
@@ -2349,9 +2354,9 @@ def read_vectors(path: Path) -> VectorTable:
         raise ValueError(
             f"{path}: {len(names)} rows, embed wrote {int(rows)}; joined from several? Write it again with command=embed"
         )
-    if not len(names) == len(files) == len(sources):
-        raise ValueError(f"{path}: damaged ({len(names)} identities, {len(files)} names); write it again with command=embed")
-    vectors = read_embedding_column(path, parquet, len(names))
+    vectors = read_embedding_column(path, parquet)
+    if not len(names) == len(files) == len(sources) == len(vectors):
+        raise ValueError(f"{path}: damaged ({len(names)} identities, {len(vectors)} vectors); write it again with command=embed")
     note = read_metadata(path) | ({"pictures_in_train": int(leaked)} if leaked else {})
     return VectorTable(names, files, sources, vectors, hashes, note)
 

@@ -147,16 +147,8 @@ class IResNet(nn.Module):
         return self.features(self.fc(x.flatten(1)))  # [B, 512]
 
 
-def iresnet18(**settings) -> IResNet:
-    return IResNet((2, 2, 2, 2), **settings)
-
-
 def iresnet50(**settings) -> IResNet:
     return IResNet((3, 4, 14, 3), **settings)
-
-
-def iresnet100(**settings) -> IResNet:
-    return IResNet((3, 13, 30, 3), **settings)
 
 
 def build_backbone(cfg: BackboneConfig) -> IResNet:
@@ -168,8 +160,6 @@ class ProjectionHead(nn.Module):
 
     def __init__(self, kind: str = "none", dim: int = EMBEDDING_DIM):
         super().__init__()
-        if kind not in ("none", "mlp"):
-            raise ValueError(f"projection head {kind!r}: choose none or mlp")
         self.dim = dim if kind == "mlp" else EMBEDDING_DIM
         hidden = nn.Linear(EMBEDDING_DIM, EMBEDDING_DIM)
         self.layers = nn.Sequential(hidden, nn.ReLU(), nn.Linear(EMBEDDING_DIM, dim)) if kind == "mlp" else nn.Identity()
@@ -932,7 +922,7 @@ def read_weights(path: str | Path) -> Weights:
         prefix = last.removesuffix("features.weight")
         backbone = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         config = BackboneConfig(**settings["backbone"]) if settings else tell_backbone(backbone)
-        return Weights(backbone, config, bool(settings.get("flip")), whitening, state if "meta" in state else {})
+        return Weights(backbone, config, bool(settings.get("flip")), whitening, state if {"config", "meta"} <= state.keys() else {})
     except FileNotFoundError:
         raise
     except Exception as error:  # zipfile, pickle, torch and safetensors raise a dozen types for damaged files
@@ -1085,8 +1075,6 @@ def enrol(names: np.ndarray, keys: np.ndarray, per_id: int, seed: int, open_set_
     order of the rows, and which images are enrolled not on who else is in the file. Raises ValueError for doubled images and
     where no probe is left.
     """
-    if per_id < 1 or not 0 <= open_set_share < 1:
-        raise ValueError(f"enrol: per_id must be at least 1 and open_set_share in [0, 1), found {per_id} and {open_set_share}")
     names, keys = np.asarray(names, str), np.asarray(keys, str)
     people, identity = np.unique(names, return_inverse=True)
     order = np.lexsort((keys, identity))
@@ -1134,8 +1122,6 @@ def build_gallery(vectors: np.ndarray, identity: np.ndarray, template: str = "ce
     centroid: mean of the unit vectors, then L2 norm. best: all images stay, a probe's score is its best among an identity's.
     Raises ValueError for another template, and for a centroid of length 0, which has no direction.
     """
-    if template not in ("centroid", "best"):
-        raise ValueError(f"eval.template: found {template!r}, allowed are centroid and best")
     code, owner = np.unique(identity, return_inverse=True)
     if template == "best":
         return Gallery(np.ascontiguousarray(vectors, np.float32), code, owner)
@@ -1294,16 +1280,6 @@ def verification(genuine: np.ndarray, impostors: np.ndarray, fars: list[float]) 
     missed = step < crossing
     columns["eer"] = rate + share * (missed - missed.mean())  # more misses move the crossing by a share of themselves
     return columns, at
-
-
-def histograms(genuine: np.ndarray, impostors: np.ndarray) -> dict[str, np.ndarray]:
-    """For the pictures: genuine scores [N] and the table of impostor counts in 256 bins, and the bins' edges [257]."""
-    bins = 2 * GRID // 256
-    return {
-        "edge": np.linspace(-1, 1, 257),
-        "impostors": impostors.reshape(256, bins).sum(axis=1),
-        "genuine": np.bincount(step_of(genuine) // bins, minlength=256),
-    }
 
 
 def open_set(known: Found, unknown: Found, fpirs: list[float]) -> tuple[Columns, dict[float, float | None]]:

@@ -35,15 +35,6 @@ def test_a_cache_of_other_pictures_is_not_used(tmp_path):
     assert [number_of(np.moveaxis(image, -1, 0)) for image in cache.images] == list(range(60))[::-1]
 
 
-def test_a_cache_is_used_again_when_its_files_were_written_anew(tmp_path, monkeypatch):
-    rows = numbered_rows(PEOPLE)
-    made = dataio.DecodedCache(stream_of(str(write_rows(tmp_path / "a.parquet", rows, compression="zstd"))), tmp_path / "cache")
-    calls = counted_decodes(monkeypatch)
-    anew = write_rows(tmp_path / "b.parquet", rows, group=13, compression="zstd", compression_level=19)
-    assert (dataio.DecodedCache(stream_of(str(anew)), tmp_path / "cache").images == made.images).all()
-    assert not calls
-
-
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(dataio, "CACHE_CHUNK", 32)
@@ -119,7 +110,7 @@ def test_a_cache_build_that_was_killed_goes_on_where_it_was(source, tmp_path, sm
     cache = dataio.DecodedCache(stream_of(source), tmp_path / "c")
     assert len(calls) == 300 - 4 * 32
     assert [number_of(np.moveaxis(image, -1, 0)) for image in cache.images] == list(range(300))
-    assert sorted(p.suffix for p in (tmp_path / "c").iterdir()) == [".json", ".lock", ".pictures", ".u8"]
+    assert sorted(p.suffix for p in (tmp_path / "c").iterdir()) == [".json", ".lock", ".u8"]
 
 
 def test_a_cache_killed_just_before_it_got_its_name_is_finished_without_decoding(source, tmp_path, small_chunks, monkeypatch):
@@ -162,7 +153,7 @@ def test_a_cache_that_does_not_fit_on_the_disk_is_refused_before_decoding(source
     with pytest.raises(OSError, match="the decoded cache needs"):
         dataio.DecodedCache(stream_of(source), tmp_path / "c")
     assert not calls
-    assert sorted(p.suffix for p in (tmp_path / "c").iterdir()) == [".lock", ".pictures"]
+    assert sorted(p.suffix for p in (tmp_path / "c").iterdir()) == [".lock"]
 
 
 def test_a_cache_remembers_its_broken_pictures(tmp_path):

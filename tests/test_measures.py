@@ -113,16 +113,12 @@ def test_enrolment_refuses_doubled_images_and_a_file_without_probes():
         m.enrol(names, keys, 1, 0)
     with pytest.raises(ValueError, match=r"no probes left: 5 images .* largest of 2 enrolled identities has 2; lower eval"):
         m.enrol(names[[0, 1, 3]], keys[[0, 1, 3]], 5, 0)
-    with pytest.raises(ValueError, match="per_id must be at least 1"):
-        m.enrol(names, keys, 0, 0)
 
 
-def test_a_template_without_direction_or_of_unknown_kind_is_refused():
+def test_a_template_without_direction_is_refused():
     opposite = np.array([[1, 0], [-1, 0]], np.float32)
     with pytest.raises(ValueError, match="centroids have no direction"):
         m.build_gallery(opposite, np.array([0, 0]))
-    with pytest.raises(ValueError, match="allowed are centroid and best"):
-        m.build_gallery(opposite, np.array([0, 0]), "median")
 
 
 @pytest.mark.parametrize("template", ["centroid", "best"])
@@ -292,14 +288,6 @@ def test_the_interval_of_the_equal_error_rate_knows_that_the_threshold_gives_way
 def test_a_gallery_of_one_identity_has_no_impostors_and_is_refused():
     with pytest.raises(ValueError, match="no impostor pairs"):
         m.verification(np.ones(3, np.float32), m.count_scores(np.empty(0, np.float32)), FARS)
-
-
-def test_the_histograms_hold_all_pairs():
-    generator = np.random.default_rng(0)
-    genuine, impostors = generator.uniform(0, 1, 500).astype(np.float32), generator.uniform(-1, 0.5, 9000).astype(np.float32)
-    drawn = m.histograms(genuine, m.count_scores(impostors))
-    np.testing.assert_array_equal(drawn["impostors"], np.histogram(impostors, drawn["edge"])[0])
-    np.testing.assert_array_equal(drawn["genuine"], np.histogram(genuine, drawn["edge"])[0])
 
 
 def searched(rank, score):

@@ -500,7 +500,7 @@ def test_benchmarks_are_measured_on_their_own_vectors_with_a_row_each_and_their_
     assert any(re.match(rf"mean +{metrics['pairs_mean']:.4f} ", line) for line in lines)
     sniperface.embed(runs.job(unbroken, data, "embed.flip=true", "embed.references=false"), trained, {"embed.flip"})
     told = refusal(lambda: sniperface.evaluate(cfg, trained))  # the benchmarks' vectors are of another encoder now
-    assert "agedb_30.parquet: not by the encoder of" in told
+    assert "agedb_30.parquet: not of these pictures by the encoder of" in told
     assert cure in told
 
 

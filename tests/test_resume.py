@@ -127,7 +127,8 @@ def test_other_row_groups_and_another_order_of_the_files_are_refused_and_told(wo
     train(words, tmp_path / "run", *more)
     copy.rename(mine / "digiface1m_.parquet")
     told = refusal(lambda: train(words, tmp_path / "run", *more))
-    assert "digiface: digiface1m_001.parquet differs in name (digiface1m_.parquet); restore files and order" in told
+    assert "digiface1m_000.parquet, now digiface1m_.parquet, differs in rows, people, pictures" in told
+    assert "; restore files and order" in told
     (mine / "digiface1m_.parquet").rename(copy)
     written_anew(path, path, 13, compression="gzip")
     assert "digiface: digiface1m_000.parquet differs in row groups;" in refusal(lambda: train(words, tmp_path / "run", *more))
