@@ -1128,7 +1128,7 @@ class Member(tarfile.TarInfo):
             tarfile.GNUTYPE_LONGNAME,
             tarfile.GNUTYPE_LONGLINK,
         ):
-            raise tarfile.ReadError(f"a header of {self.size} bytes")
+            raise ValueError(f"a header of {self.size} bytes")
         return super()._proc_member(archive)
 
 

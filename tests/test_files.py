@@ -80,6 +80,12 @@ def test_files_are_found_once_in_the_order_of_their_names(tmp_path):
     assert [str(path.relative_to(tmp_path)) for path in found] == names
 
 
+def test_a_file_and_a_link_to_it_are_one_file(tmp_path):
+    path = write_rows(tmp_path / "a.parquet", numbered_rows("abc"))
+    (tmp_path / "b.parquet").symlink_to(path)
+    assert [found.resolve() for found in dataio.find_files(str(tmp_path / "*.parquet"))] == [path.resolve()]
+
+
 def test_a_file_named_absolutely_and_relatively_is_one_file(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").touch()
     monkeypatch.chdir(tmp_path)

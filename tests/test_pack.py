@@ -1,6 +1,7 @@
 """Packing: what lies in zips, tars, folders and benchmark files comes out byte for byte, whatever else lies there."""
 
 import functools
+import gzip
 import io
 import json
 import os
@@ -39,11 +40,11 @@ def write_zip(path: Path, entries: dict[str, bytes], method=zipfile.ZIP_DEFLATED
     return path
 
 
-def write_tar(path: Path, entries: dict[str, bytes], mode: str = "w") -> Path:
+def write_tar(path: Path, entries: dict[str, bytes], mode: str = "w", mtime: int = 0) -> Path:
     with tarfile.open(path, mode) as archive:
         for name, data in entries.items():
             member = tarfile.TarInfo(name)
-            member.size = len(data)
+            member.size, member.mtime = len(data), mtime
             archive.addfile(member, io.BytesIO(data))
     return path
 
@@ -196,8 +197,8 @@ LEFT_OUT = {
     "../../x/2.png": "a path that leads elsewhere", "/etc/2.png": "a path that leads elsewhere",
     "C:/b/2.png": "a path that leads elsewhere", "..\\b\\2.png": "a path that leads elsewhere",
     "__MACOSX/a/._1.png": "hidden", "a/.DS_Store": "hidden", "a/notes.txt": "no picture by its name",
-    "2.png": "in no identity's folder", "./2.png": "in no identity's folder", "a/more.zip": "an archive within",
-    "b/more.tar.gz": "an archive within",
+    "2.png": "in no identity's folder", "./2.png": "in no identity's folder", ".": "a path that leads elsewhere",
+    "a/more.zip": "an archive within", "b/more.tar.gz": "an archive within",
 }  # fmt: skip
 
 
@@ -241,6 +242,50 @@ def test_a_folder_may_hold_links_to_pictures_but_no_pipes(tmp_path, caplog):
     rows, told = packed_with(tmp_path, caplog, source)
     assert rows == [("a", "2.png", numbered_picture(2))]
     assert "left out, a link or a device (2)" in told
+
+
+def test_a_folder_that_is_a_link_is_named_and_one_that_cannot_be_read_is_refused(tmp_path, caplog, monkeypatch):
+    source = write_folder(tmp_path / "faces", GOOD | {"b/2.png": numbered_picture(2)})
+    (source / "b").rename(tmp_path / "elsewhere")
+    (source / "b").symlink_to(tmp_path / "elsewhere")
+    rows, told = packed_with(tmp_path, caplog, source)
+    assert rows == []
+    assert f"left out, a link or a device (1): {source}: b" in told
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: scandir(path if str(path).endswith("faces") else "/not/here"))
+    assert "cannot be read as a folder, zip or tar" in refusal(lambda: dataio.pack(str(source), tmp_path / "again", DATA))
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "folder"])
+def test_other_pictures_of_the_same_names_and_sizes_are_other_pictures(tmp_path, kind):
+    bmp = [encode(Image.new("RGB", (8, 8), (n, n, n)), "bmp") for n in (1, 2)]
+    source = WRITERS[kind](tmp_path, {"a/1.bmp": bmp[0]})
+    dataio.pack(str(source), tmp_path / "out", DATA)
+    if kind == "tar":  # written a second later
+        write_tar(source, {"a/1.bmp": bmp[1]}, mtime=1)
+    else:
+        WRITERS[kind](tmp_path, {"a/1.bmp": bmp[1]})
+    assert "not packed from these pictures" in refusal(lambda: dataio.pack(str(source), tmp_path / "out", DATA))
+
+
+def test_an_error_of_the_disk_is_no_broken_picture(tmp_path, monkeypatch):
+    source, read = write_folder(tmp_path / "faces", PEOPLE), open
+
+    def fails(path, *more):
+        if str(path).endswith("9/2.png"):
+            raise OSError(5, "Input/output error")
+        return read(path, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", fails)
+        assert "Input/output error" in refusal(lambda: dataio.pack(str(source), tmp_path / "out", DATA))
+    assert packed(dataio.pack(str(source), tmp_path / "out", DATA)) == IN_ORDER
+
+
+def test_a_source_without_one_readable_picture_is_refused_and_leaves_no_file(tmp_path):
+    source = write_folder(tmp_path / "faces", {"a/1.png": BROKEN, "b/2.png": b""})
+    assert "not one picture can be read" in refusal(lambda: dataio.pack(str(source), tmp_path / "out", DATA))
+    assert not [*tmp_path.glob("out*.parquet")]
 
 
 def test_names_that_are_not_text_are_kept_apart(tmp_path, caplog):
@@ -331,6 +376,27 @@ def test_an_archive_that_is_cut_or_none_is_refused_by_name(tmp_path, kind, damag
     assert not [*tmp_path.glob("o_*")]
 
 
+def without_the_third_header(raw: bytes) -> bytes:
+    return raw[: 3 * 1024] + b"x" + raw[3 * 1024 + 1 :]
+
+
+@pytest.mark.parametrize("damage", [without_the_third_header, lambda raw: raw[: 3 * 1024], lambda raw: raw[: 3 * 1024 + 99]])
+@pytest.mark.parametrize("press", [lambda raw: raw, gzip.compress])
+def test_a_tar_that_is_damaged_between_its_entries_is_refused(tmp_path, damage, press):
+    source = write_tar(tmp_path / "faces.tar", PEOPLE)  # entries of two blocks of 512 bytes
+    source.write_bytes(press(damage(source.read_bytes())))
+    assert f"{source}: cannot be read" in refusal(lambda: dataio.pack(str(source), tmp_path / "o", DATA))
+
+
+def test_a_header_of_a_tar_that_is_longer_than_any_name_is_not_read(tmp_path):
+    with tarfile.open(tmp_path / "faces.tar.gz", "w:gz", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo("a/1.png")
+        member.pax_headers = {"comment": "x" * (2 << 20)}
+        archive.addfile(member)
+    told = refusal(lambda: dataio.pack(str(tmp_path / "faces.tar.gz"), tmp_path / "o", DATA))
+    assert "a header of 20971" in told
+
+
 def test_a_tar_whose_last_entry_is_a_zip_is_a_tar(tmp_path, caplog):
     inner = write_zip(tmp_path / "inner.zip", {"evil/1.png": numbered_picture(3)}, zipfile.ZIP_STORED).read_bytes()
     source = write_tar(tmp_path / "faces.tar", GOOD | {"b/inner.zip": inner})
@@ -405,6 +471,8 @@ HOSTILE = {
     "no pickle": lambda mark: b"text",
     "nothing": lambda mark: b"",
     "a large number": lambda mark: b"\x80\x02Nr\xff\xff\xff\xff.",
+    "a large array of bytes": lambda mark: b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b"x.",
+    "nested beyond any depth": lambda mark: b"\x80\x02](K\x01K\x01e](" + b")" + b"\x85" * 100_000 + b"e\x86.",
     "large bytes": lambda mark: b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40) + b"x.",
     "odd": lambda mark: pickle.dumps(([noise(1)], [True])),
     "no pairs": lambda mark: pickle.dumps(([], [])),

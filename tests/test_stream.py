@@ -25,6 +25,7 @@ from conftest import (
     stream_of,
     write_rows,
 )
+from runs import settings
 
 import dataio
 from dataio import ParquetImageStream, load_batches
@@ -171,6 +172,13 @@ def test_too_many_broken_images_end_the_run_as_soon_as_no_number_of_good_ones_ca
     batches = load_batches([stream_of(path, max_bad_fraction=0.05)], by_steps(100), 0, 30, workers=2)
     with pytest.raises(ValueError, match=r"15\d of 3000 images are broken"):
         list(batches)
+
+
+def test_a_batch_of_broken_images_alone_is_an_empty_batch(tmp_path):
+    index = dataio.build_index(broken_source(tmp_path, [0, 1, 7], count=20), None)
+    cfg = settings("data.max_bad_fraction=0.5", f"data.image_size={SIDE}").data
+    sizes = [(len(table), len(images)) for table, images in dataio.decoded_rows(index, cfg, 1)]
+    assert sizes == [(n not in (0, 1, 7),) * 2 for n in range(20)]
 
 
 def test_whether_broken_images_end_the_run_does_not_depend_on_how_far_ahead_threads_have_decoded(tmp_path):

@@ -150,6 +150,11 @@ def test_shards_by_glob_and_shards_found_train_alike_and_do_not_split_again(word
     assert_same(*(training_bits(tmp_path / name) for name in ("found", "glob")))
     with pytest.raises(ValueError, match="train on"):
         train(words, tmp_path / "wrong", *[word.replace("/train/", "/test/") for word in by_glob])
+    raw, shards = settings(*words).data.digiface_glob, f"{tmp_path}/splits/train/digiface/*.parquet"
+    shutil.copy(dataio.find_files(shards)[0], tmp_path / "z.parquet")
+    shutil.copy(dataio.find_files(raw)[0], tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="matches shards of command=split and other files"):
+        train(words, tmp_path / "both", f"data.digiface_glob={tmp_path}/?.parquet")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_lists_its_pictures(words, tmp_path, monkeypatch):
