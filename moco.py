@@ -439,6 +439,8 @@ def judge_links(links: Links, vectors: Tensor, person: np.ndarray) -> Links:
 
 # ---- Training: what a step changes, and the step ----
 
+MONITOR_TEMPERATURE = 0.1
+
 
 @dataclass
 class TrainConfig:
@@ -653,13 +655,14 @@ class Training:
     def measure_monitor(self, parts: list[tuple[Tensor, Tensor]]) -> float:
         """A label-free figure that does not saturate: InfoNCE of fixed images under fixed hard views, each against all others.
 
-        parts: two views [B, 3, S, S] each. In nats; ln(M) is chance for M images. The query encoder alone, as embed uses it.
+        parts: two views [B, 3, S, S] each. In nats; ln(M) is chance for M images. The query encoder alone, as embed uses it, and
+        a temperature of its own, so that runs of any recipe can be compared.
         """
         model = self.model.eval()
         with self.autocast():
             q, k = (torch.cat([model.encode_queries(views[side]) for views in parts]) for side in (0, 1))
         model.train()
-        return round(float(F.cross_entropy(q @ k.T / model.loss.temperature, torch.arange(len(q), device=q.device))), 6)
+        return round(float(F.cross_entropy(q @ k.T / MONITOR_TEMPERATURE, torch.arange(len(q), device=q.device))), 6)
 
 
 def compare_steps(one: Training, other: Training, view_q: Tensor, view_k: Tensor, seed: int) -> dict[str, float]:

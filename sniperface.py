@@ -794,12 +794,13 @@ def start_model(cfg: Config, tables: list[str]) -> tuple[moco.MoCo, bool]:
 
 
 def draw_monitor(run: Run) -> list[tuple[Tensor, Tensor]]:
-    """Fixed train pictures under fixed views that are harder than those of training, for `Training.measure_monitor`."""
-    cfg = run.cfg
+    """Fixed train pictures under fixed hard views, the same whatever a run's own augmentation, for `Training.measure_monitor`."""
+    cfg, usual = run.cfg, OmegaConf.load(CONF / "augment" / "default.yaml")
+    views = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(dataio.AugmentConfig), usual)).harder()
     steps = min(run.schedule.steps_per_epoch, -(-cfg.train.monitor_images // cfg.train.batch_size))
     images = torch.cat(list(run.batches(0, steps)))[: cfg.train.monitor_images]
     parts = enumerate(images.split(cfg.train.batch_size))
-    return [dataio.two_views(part, cfg.augment.harder(), draw(cfg.seed, "monitor", i)) for i, part in parts]
+    return [dataio.two_views(part, views, draw(cfg.seed, "monitor", i)) for i, part in parts]
 
 
 def find_probe(cfg: Config, tables: list[str]) -> dataio.Rows:

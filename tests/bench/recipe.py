@@ -18,6 +18,9 @@ import common
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
 
 import dataio
 import moco
@@ -32,6 +35,7 @@ ROWS = {  # name -> overrides; further ones by `--rows "name: overrides"`
     "T 0.07": "experiment=small moco.temperature=0.07",
     "small, long": "experiment=small train.epochs=50",
 }
+UNTRAINED = (*sniperface.REFERENCES, "pixels")
 FILE = Path(__file__).with_name("recipe.json")
 PAIRS, GENUINE_A_PERSON, FOLDS = 6000, 15, 10
 
@@ -53,6 +57,15 @@ def write_pairs(vectors: dataio.VectorTable, path: Path) -> np.ndarray:
         table |= {f"image_filename_{side}": vectors.files[rows], f"identity_id_{side}": vectors.names[rows]}
     pq.write_table(pa.table(table), path)
     return person[a]
+
+
+def raw_pixels(folder: Path, side: str) -> tuple[dataio.VectorTable, float]:
+    """The pictures themselves, at 32 px, as unit vectors; and their Rank-1."""
+    cfg = sniperface.load_config(OmegaConf.load(folder / "config.yaml"))
+    rows = dataio.find_rows(cfg.data, cfg.split, side)
+    pixels = lambda views: F.normalize(F.interpolate(views, size=32, mode="bilinear", antialias=True).flatten(1))  # noqa: E731
+    vectors = sniperface.describe_rows(rows, cfg, torch.device("cpu"), pixels)
+    return vectors, moco.closed_set_rates(vectors, cfg.eval, cfg.eval.enroll_per_id, cfg.eval.seed)["rank1"].value
 
 
 def measure(vectors: dataio.VectorTable, pairs: Path, fars: list[float]) -> dict:
@@ -79,16 +92,20 @@ def run_row(name: str, overrides: str, seed: int, args: argparse.Namespace) -> t
         subprocess.run([*program, f"command={command}", f"eval.embeddings=embeddings/{args.side}_embeddings.parquet"], check=True)
     log = sniperface.read_log(folder)[-1]
     path, pairs = folder / "embeddings" / f"{args.side}_embeddings.parquet", args.folder / f"{args.side}_pairs.parquet"
-    metrics = json.loads(next(folder.glob("metrics*.json")).read_text())
+    found = (json.loads(file.read_text()) for file in folder.glob("metrics*.json"))
+    metrics = next(one for one in found if Path(one["embeddings"]).name == path.name)
     rows = []
-    for encoder in ("trained", *sniperface.REFERENCES):
-        vectors = sniperface.read_vectors(path if encoder == "trained" else sniperface.reference_path(path, encoder))
+    for encoder in ("trained", *UNTRAINED):
+        if encoder == "pixels":
+            vectors, rank1 = raw_pixels(folder, args.side)
+        else:
+            vectors = sniperface.read_vectors(path if encoder == "trained" else sniperface.reference_path(path, encoder))
+            rank1 = (metrics if encoder == "trained" else metrics[encoder])["rank1"]
         people = write_pairs(vectors, pairs)
-        figures = metrics if encoder == "trained" else metrics[encoder]
         rows.append({
             "row": name if encoder == "trained" else encoder, "seed": seed, "side": args.side, "overrides": overrides,
             "seen": log["step"] * int(sniperface.read_saved_settings(folder / "config.yaml")["train"]["batch_size"]),
-            "minutes": round(log["seconds"] / 60, 1), "rank1": figures["rank1"], "monitor": log.get("monitor_loss"),
+            "minutes": round(log["seconds"] / 60, 1), "rank1": rank1, "monitor": log.get("monitor_loss"),
             **measure(vectors, pairs, [1e-2]),
         })  # fmt: skip
     return rows, people.tolist()
@@ -133,7 +150,7 @@ def main() -> None:
             pair = [judged([row for row in side if row["seed"] in shared]) for side in (its, base[other])] if shared else None
             change = moco.paired_difference(*pair, np.array(people[args.side]), 0) if pair and name != other else None
             beside.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * v for v in change)) if change else "")
-        seen = its[0]["seen"] if name not in sniperface.REFERENCES else 0
+        seen = its[0]["seen"] if name not in UNTRAINED else 0
         figures = " | ".join(f"{value:.1f}" for value in mean.values())
         print(f"| {name} | {len(its)} | {seen:,} | {figures} | {' | '.join(beside)} |")
 
