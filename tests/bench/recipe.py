@@ -3,8 +3,8 @@
     uv run python tests/bench/recipe.py FACES/first_*.parquet FACES/second_*.parquet [--rows small usynthface] [--seeds 1 2 3]
 
 Trains each row of ROWS with each seed by the program's own commands, measures it on pairs and by Rank-1, and prints a table with
-the paired difference of each row to the untrained encoder and to LBP. Choosing is done on validation identities; `--side test` is
-for the one figure that is reported. Rows that are finished stand in recipe.json and are not run again.
+the paired differences of each row to the untrained encoder, USynthFace's settings and LBP. Choosing is done on validation
+identities; `--side test` is for the one figure that is reported. Rows that are finished stand in recipe.json and are not run again.
 """
 
 import argparse
@@ -139,14 +139,15 @@ def main() -> None:
     rows = [row for row in done if row["side"] == args.side]
     names = list(dict.fromkeys(row["row"] for row in rows))
     base: dict[str, list] = {name: [row for row in rows if row["row"] == name] for name in names}
-    titles = ("seeds", "pictures seen", "accuracy", "TAR at FAR 1e-2", "Rank-1", "beside untrained", "beside LBP")
+    others = ("untrained", "usynthface", "lbp")
+    titles = ("seeds", "pictures seen", "accuracy", "TAR at FAR 1e-2", "Rank-1", *(f"beside {other}" for other in others))
     print(f"| row, {args.side} identities | {' | '.join(titles)} |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---" * (1 + len(titles)) + "|")
     for name, its in sorted(base.items(), key=lambda item: np.mean([row["accuracy"] for row in item[1]])):
         mean = {key: 100 * float(np.mean([row[key] for row in its])) for key in ("accuracy", "tar@0.01", "rank1")}
         beside = []
-        for other in ("untrained", "lbp"):
-            shared = {row["seed"] for row in its} & {row["seed"] for row in base[other]}
+        for other in others:
+            shared = {row["seed"] for row in its} & {row["seed"] for row in base.get(other, ())}
             pair = [judged([row for row in side if row["seed"] in shared]) for side in (its, base[other])] if shared else None
             change = moco.paired_difference(*pair, np.array(people[args.side]), 0) if pair and name != other else None
             beside.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * v for v in change)) if change else "")
