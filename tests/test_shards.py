@@ -259,11 +259,6 @@ def test_two_processes_that_materialise_take_turns(job):
     assert in_order(rows_of(sorted(args[2].glob("*.parquet")))) == expected_rows(splits, "train")
 
 
-def test_a_side_that_does_not_exist_is_refused_by_name(job):
-    with pytest.raises(ValueError, match="validation"):
-        dataio.materialize_split(*job[0], "validation")
-
-
 def test_rows_are_regrouped_whole_and_in_order():
     tables = [
         pa.table([["a"] * n, [str(first + i) for i in range(n)], [b"x"] * n], schema=dataio.SHARD_SCHEMA)
