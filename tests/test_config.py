@@ -168,7 +168,8 @@ def test_nothing_is_unpickled_and_nothing_is_instantiated_from_a_name():
         source = path.read_text()
         assert "instantiate" not in source
         assert ("import pickle" in source) == (path.name == "dataio.py")
-        assert set(re.findall(r"pickle\.\w+", source)) <= {"pickle._Unpickler", "pickle.BYTEARRAY8"}, path  # under BinUnpickler, which looks no name up
+        # of BinUnpickler, which looks no name up
+        assert set(re.findall(r"pickle\.\w+", source)) <= {"pickle._Unpickler", "pickle.BYTEARRAY8"}, path
         assert source.count("torch.load(") == source.count("weights_only=True"), path
 
 
