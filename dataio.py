@@ -1122,12 +1122,8 @@ class Member(tarfile.TarInfo):
     """An entry of a tar, or a header that is longer than any name or attribute, which tarfile would read whole."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        if self.size > 1 << 20 and self.type in (
-            tarfile.XHDTYPE,
-            tarfile.XGLTYPE,
-            tarfile.GNUTYPE_LONGNAME,
-            tarfile.GNUTYPE_LONGLINK,
-        ):
+        headers = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+        if self.size > 1 << 20 and self.type in headers:
             raise ValueError(f"a header of {self.size} bytes")
         return super()._proc_member(archive)
 
