@@ -138,13 +138,16 @@ class IResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0, 0.1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def penultimate(self, x: Tensor) -> Tensor:
+        """What the last layer sees, rows [B, 8C * (S/16)^2]: 25,088 values of the public networks."""
         if x.shape[-1] != self.input_size:
             x = F.interpolate(x, size=(self.input_size, self.input_size), mode="bilinear", antialias=True)
         x = self.prelu(self.bn1(self.conv1(x)))  # [B, C, S, S]
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # [B, 8C, S/16, S/16]
-        x = self.dropout(self.bn2(x))
-        return self.features(self.fc(x.flatten(1)))  # [B, 512]
+        return self.bn2(x).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(self.fc(self.dropout(self.penultimate(x))))  # [B, 512]
 
 
 def iresnet50(**settings) -> IResNet:
@@ -347,7 +350,7 @@ def load_weights(model: MoCo, weights: dict[str, Tensor]) -> None:
 # ---- Positives beyond the same picture ----
 
 EXACT_ROWS = 200_000  # of more rows the nearest are found approximately
-REFERENCE_ROWS, WHITEN_ROWS = 4096, 50_000  # train pictures that LBP and PCA, and a whitening, are fitted on, at most
+REFERENCE_ROWS, WHITEN_ROWS = 4096, 20_000  # train pictures that LBP and PCA, and a whitening, are fitted on, at most
 
 
 @dataclass
@@ -634,15 +637,11 @@ class Training:
 
         def describe(views: Tensor) -> Tensor:
             with self.autocast():
-                return F.normalize(with_mirrored(model.query.backbone, flip=True)(views).float()).cpu()
+                return with_mirrored(model.query.backbone.penultimate, flip=True)(views).float().cpu()
 
-        if self.links:
-            raw = torch.cat([describe(views) for views in pictures()])
-            whitening = fit_whitening(raw[:: max(1, rows // WHITEN_ROWS)])
-            vectors, encode = whitening(raw), lambda views: whitening(describe(views))
-        else:
-            encode = fit_lbp(views[:: max(1, rows // REFERENCE_ROWS)] for views in pictures())
-            vectors = torch.cat([encode(views) for views in pictures()])
+        some = (views[:: max(1, rows // REFERENCE_ROWS)] for views in pictures())
+        encode = fit_whitened(describe, some) if self.links else fit_lbp(some)
+        vectors = torch.cat([encode(views) for views in pictures()])
         found = mutual_links(vectors, cfg.neighbours, cfg.keep, at_least=self.links.get("lbp"))
         self.links.pop("encoder", None)
         if found:
@@ -710,36 +709,43 @@ def signs_of_failure(entry: dict, untrained: float, cfg: TrainConfig, warmed_up:
 Encoder = Callable[[Tensor], Tensor]  # views float [n, 3, S, S] in [-1, 1], on its device -> unit rows float32 [n, D]
 PCA_SIDE_PX, PCA_COMPONENTS = 32, 128
 FEW_ROWS = 1000  # a whitening of fewer is shrunk harder
-SHRINKAGE, LBP_SHRINKAGE = 0.01, 1.0  # of encoders and of LBP: the best on validation identities of 0.003 to 3
+SHRINKAGE = 1.0  # of all encoders and of LBP, found on validation identities
 
 
 class Whitening(NamedTuple):
-    """Vectors seen from the mean, along their principal directions, each divided by its standard deviation."""
+    """Features seen from the mean, along their principal directions, each divided by its standard deviation."""
 
     mean: Tensor  # [D]
-    basis: Tensor  # [D, 512], zeros where there are fewer directions
+    projection: Tensor  # [D, 512], zeros where there are fewer directions
 
-    def __call__(self, vectors: Tensor) -> Tensor:
+    def __call__(self, features: Tensor) -> Tensor:
         """[n, D] -> unit rows float32 [n, 512]"""
-        return F.normalize((vectors - self.mean) @ self.basis)
+        return F.normalize((features - self.mean) @ self.projection)
 
 
-def fit_whitening(vectors: Tensor, shrinkage: float = SHRINKAGE) -> Whitening:
-    """Fit to rows [N, D], without labels. `shrinkage` times the mean variance is added to that of each direction.
+def fit_whitening(features: Tensor) -> Whitening:
+    """Fit to rows [N, D], without labels: the 512 first directions, SHRINKAGE times their mean variance added to that of each.
 
     It is what makes little-varying directions count: what a face encoder learns early lies in these.
     """
-    if len(vectors) < FEW_ROWS:
-        log.warning("a whitening of %d pictures is rough: its directions are shrunk harder", len(vectors))
-        shrinkage *= FEW_ROWS / len(vectors)
-    mean = vectors.mean(0)
+    shrinkage = SHRINKAGE
+    if len(features) < FEW_ROWS:
+        log.warning("a whitening of %d pictures is rough: its directions are shrunk harder", len(features))
+        shrinkage *= FEW_ROWS / len(features)
+    mean = features.mean(0)
     with torch.random.fork_rng(devices=[]):  # the directions are found by random projections (arXiv:0909.4061)
         torch.manual_seed(0)
-        count = min(EMBEDDING_DIM, len(vectors), vectors.shape[1])
-        _, scale, directions = torch.pca_lowrank(vectors - mean, count, center=False)
-    variance = scale**2 / len(vectors)
-    basis = directions / (variance + shrinkage * variance.mean()).sqrt().clamp(min=TIE)
-    return Whitening(mean, F.pad(basis, (0, EMBEDDING_DIM - count)))
+        count = min(EMBEDDING_DIM, *features.shape)
+        _, scale, directions = torch.pca_lowrank(features - mean, count, center=False)
+    variance = scale**2 / len(features)
+    projection = directions / (variance + shrinkage * variance.mean()).sqrt().clamp(min=TIE)
+    return Whitening(mean, F.pad(projection, (0, EMBEDDING_DIM - count)))
+
+
+def fit_whitened(describe: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> Encoder:
+    """Whitened features: of views [n, 3, S, S], `describe` gives rows [n, D]."""
+    whitening = fit_whitening(torch.cat([describe(views) for views in batches]))
+    return lambda views: whitening(describe(views))
 
 
 def with_mirrored(describe: Callable[[Tensor], Tensor], flip: bool) -> Callable[[Tensor], Tensor]:
@@ -750,16 +756,22 @@ def with_mirrored(describe: Callable[[Tensor], Tensor], flip: bool) -> Callable[
 class FrozenEncoder(nn.Module):
     """From pictures to unit rows float32 [n, 512], in fp32, so that a vector does not depend on its batch.
 
+    With a whitening, this takes the place of the network's last layer: as a projection head does, the last layer throws away
+    what the training's task does not ask for (arXiv:2002.05709, 2110.09348). Else the vectors are the network's embeddings.
     Takes views float [n, 3, S, S] in [-1, 1], or RGB pictures as they are decoded, uint8 [n, S, S, 3]; anything else raises
-    ValueError. `flip` adds the vector of the mirrored picture.
+    ValueError. `flip` adds what the network says of the mirrored picture.
     """
 
-    def __init__(self, backbone: nn.Module, flip: bool, whitening: Whitening | None = None):
+    def __init__(self, backbone: IResNet, flip: bool, whitening: Whitening | None = None):
         super().__init__()
         self.backbone, self.flip = backbone, flip
         self.register_buffer("mean", whitening and whitening.mean)
-        self.register_buffer("basis", whitening and whitening.basis)
+        self.register_buffer("projection", whitening and whitening.projection)
         self.eval().requires_grad_(False)
+
+    def penultimate(self, views: Tensor) -> Tensor:
+        """What a whitening is fitted to: views [n, 3, S, S] -> rows [n, D]."""
+        return with_mirrored(self.backbone.penultimate, self.flip)(views).float()
 
     def forward(self, pictures: Tensor | np.ndarray) -> Tensor:
         pictures = torch.as_tensor(pictures)
@@ -768,11 +780,12 @@ class FrozenEncoder(nn.Module):
             found = f"{pictures.dtype} {list(pictures.shape)}".removeprefix("torch.")
             raise ValueError(f"pictures: expected uint8 [n, S, S, 3] or float [n, 3, S, S] in [-1, 1], found {found}")
         views = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1 if decoded else pictures.float()
-        vectors = F.normalize(with_mirrored(self.backbone, self.flip)(views).float())
-        return vectors if self.mean is None else Whitening(self.mean, self.basis)(vectors)
+        if self.mean is None:
+            return F.normalize(with_mirrored(self.backbone, self.flip)(views).float())
+        return Whitening(self.mean, self.projection)(self.penultimate(views))
 
 
-def freeze(backbone: nn.Module, device: torch.device, flip: bool, whitening: Whitening | None = None) -> FrozenEncoder:
+def freeze(backbone: IResNet, device: torch.device, flip: bool, whitening: Whitening | None = None) -> FrozenEncoder:
     """The backbone itself, from now on without gradient, as an encoder on `device`."""
     return FrozenEncoder(backbone, flip, whitening).to(device, memory_format=torch.channels_last)
 
@@ -827,9 +840,7 @@ def fit_pca(batches: Iterable[Tensor]) -> Encoder:
 
 def fit_lbp(batches: Iterable[Tensor], flip: bool = True) -> Encoder:
     """Whitened `lbp_histograms`: what a face descriptor of 2006 tells without any training, fitted to views without labels."""
-    describe = with_mirrored(lbp_histograms, flip)
-    whitening = fit_whitening(torch.cat([describe(views) for views in batches]), LBP_SHRINKAGE)
-    return lambda views: whitening(describe(views))
+    return fit_whitened(with_mirrored(lbp_histograms, flip), batches)
 
 
 # ---- Encoders in files: ours, the public ones, and out to others ----
@@ -974,7 +985,7 @@ def save_safetensors(encoder: FrozenEncoder, path: Path, note: dict[str, str]) -
     """Write tensors and a note, from which `load_encoder` makes the same encoder."""
     from safetensors.torch import save_file
 
-    white = {} if encoder.mean is None else {"whitening.mean": encoder.mean, "whitening.basis": encoder.basis}
+    white = {} if encoder.mean is None else {"whitening.mean": encoder.mean, "whitening.projection": encoder.projection}
     save_file(public_weights(encoder) | {name: value.cpu().contiguous() for name, value in white.items()}, path, metadata=note)
 
 

@@ -1298,13 +1298,13 @@ def mean_picture(batches: Iterable[Tensor]) -> Tensor:
 def fit_whitening(
     backbone: torch.nn.Module, sources: list[dataio.Passes], cfg: Config, device: torch.device
 ) -> tuple[moco.Whitening, Tensor]:  # fmt: skip
-    """The whitening of the frozen encoder's vectors, mirrored or not as embed.flip asks, and the mean [3, S, S], in 0..255, of the
-    train pictures that it is fitted to: in one pass over them."""
-    encode, images = moco.freeze(backbone, device, cfg.embed.flip), sample_images(sources, cfg, moco.WHITEN_ROWS)
+    """The whitening of the frozen encoder's features, mirrored or not as embed.flip asks, and the mean [3, S, S], in 0..255, of
+    the train pictures that it is fitted to: in one pass over them."""
+    describe, images = moco.freeze(backbone, device, cfg.embed.flip).penultimate, sample_images(sources, cfg, moco.WHITEN_ROWS)
     images = progress(images, desc="fitting the whitening", unit="batch", leave=False)
-    found = ((encode(dataio.to_float(part.to(device))).cpu(), mean_picture([part])) for part in images)
-    vectors, means = zip(*found, strict=True)
-    return moco.fit_whitening(torch.cat(vectors)), torch.stack(means).mean(0)
+    found = ((describe(dataio.to_float(part.to(device))).cpu(), mean_picture([part])) for part in images)
+    features, means = zip(*found, strict=True)
+    return moco.fit_whitening(torch.cat(features)), torch.stack(means).mean(0)
 
 
 def reference_encoders(cfg: Config, rows: dataio.Rows, device: torch.device) -> dict[str, moco.Encoder]:
@@ -1415,7 +1415,7 @@ def load_trained(cfg: Config, folder: Path, typed: set[str], needed: dict[str, b
     digest = dataio.digest(*(f"{name} {value.double().sum().item()}" for name, value in weights.backbone.items()))
     made = {"table": meta["table"], "step": state.get("step"), "extended": meta.get("extended", [])}
     made |= {"elsewhere": meta.get("elsewhere", False), "checkpoint": digest}
-    made |= {"flip": encoder.flip, "whitened": encoder.mean is not None}
+    made |= {"flip": encoder.flip, "whitened": "penultimate" if encoder.mean is not None else False}
     return Trained(path, cfg, encoder, made, device, rows, mean)
 
 
