@@ -442,7 +442,7 @@ def judge_links(links: Links, vectors: Tensor, person: np.ndarray) -> Links:
 
 # ---- Training: what a step changes, and the step ----
 
-MONITOR_TEMPERATURE = 0.1
+MONITOR_TEMPERATURE = 0.2
 
 
 @dataclass
