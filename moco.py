@@ -920,11 +920,11 @@ def read_weights(path: str | Path) -> Weights:
 
             with safe_open(path, "pt") as file:
                 state, noted = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-            settings = json.loads(noted.get("sniperface", "{}"))
+            settings, ours = json.loads(noted.get("sniperface", "{}")), False
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            settings = {}
-            if isinstance(state, dict) and {"config", "meta"} <= state.keys():  # ours
+            settings, ours = {}, isinstance(state, dict) and {"config", "meta"} <= state.keys()
+            if ours:
                 check_seal(path)
                 settings = state["config"] | state["config"]["embed"]
         tensors = tensors_in(state)
@@ -936,7 +936,7 @@ def read_weights(path: str | Path) -> Weights:
         prefix = last.removesuffix("features.weight")
         backbone = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         config = BackboneConfig(**settings["backbone"]) if settings else tell_backbone(backbone)
-        return Weights(backbone, config, bool(settings.get("flip")), whitening, state if {"config", "meta"} <= state.keys() else {})
+        return Weights(backbone, config, bool(settings.get("flip")), whitening, state if ours else {})
     except FileNotFoundError:
         raise
     except Exception as error:  # zipfile, pickle, torch and safetensors raise a dozen types for damaged files

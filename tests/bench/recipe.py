@@ -3,8 +3,9 @@
     uv run python tests/bench/recipe.py FACES/first_*.parquet FACES/second_*.parquet [--rows small usynthface] [--seeds 1 2 3]
 
 Trains each row of ROWS with each seed by the program's own commands, measures it on pairs and by Rank-1, and prints a table with
-the paired differences of each row to the untrained encoder, USynthFace's settings and LBP. Choosing is done on validation
-identities; `--side test` is for the one figure that is reported. Rows that are finished stand in recipe.json and are not run again.
+the paired differences of accuracy to the untrained encoder, USynthFace's settings and LBP, and of TAR to LBP. Choosing is done on
+validation identities; `--side test` is for the one figure that is reported. Rows that are finished stand in recipe.json and are not
+run again.
 """
 
 import argparse
@@ -69,13 +70,16 @@ def raw_pixels(folder: Path, side: str) -> tuple[dataio.VectorTable, float]:
 
 
 def measure(vectors: dataio.VectorTable, pairs: Path, fars: list[float]) -> dict:
-    """Accuracy, TAR and Rank-1, and which of the pairs were judged rightly, as base64 of their bits."""
+    """Accuracy and TAR, and which of the pairs were judged rightly, which genuine ones accepted, as base64 of their bits."""
     a, b, same, fold = dataio.read_pairs(pairs, vectors.names, vectors.files)
     score = np.einsum("nd,nd->n", vectors.vectors[a], vectors.vectors[b])
     found = moco.pair_accuracy(score, same, fold)
     threshold = dict(zip(np.unique(fold).tolist(), found.threshold.tolist(), strict=True))
     right = (score >= np.array([threshold[one] for one in fold.tolist()])) == same
-    return moco.pair_figures(score, same, fold, fars) | {"right": base64.b64encode(np.packbits(right)).decode()}
+    accepted = moco.verification(score[same], moco.count_scores(score[~same]), fars)[0][f"tar@{fars[0]:g}"]
+    bits = {"right": right, "accepted": accepted}
+    bits = {name: base64.b64encode(np.packbits(column)).decode() for name, column in bits.items()}
+    return moco.pair_figures(score, same, fold, fars) | bits
 
 
 def run_row(name: str, overrides: str, seed: int, args: argparse.Namespace) -> tuple[list[dict], list[int]]:
@@ -111,9 +115,10 @@ def run_row(name: str, overrides: str, seed: int, args: argparse.Namespace) -> t
     return rows, people.tolist()
 
 
-def judged(rows: list[dict]) -> np.ndarray:
-    """Share of the seeds that judged each pair rightly [N]."""
-    return np.mean([np.unpackbits(np.frombuffer(base64.b64decode(row["right"]), np.uint8))[: row["pairs"]] for row in rows], axis=0)
+def share(rows: list[dict], what: str) -> np.ndarray:
+    """Share of the seeds that judged each pair rightly [N], or accepted each genuine one [N / 2]."""
+    count = rows[0]["pairs"] // (1 if what == "right" else 2)
+    return np.mean([np.unpackbits(np.frombuffer(base64.b64decode(row[what]), np.uint8), count=count) for row in rows], axis=0)
 
 
 def main() -> None:
@@ -140,16 +145,17 @@ def main() -> None:
     names = list(dict.fromkeys(row["row"] for row in rows))
     base: dict[str, list] = {name: [row for row in rows if row["row"] == name] for name in names}
     others = ("untrained", "usynthface", "lbp")
-    titles = ("seeds", "pictures seen", "accuracy", "TAR at FAR 1e-2", "Rank-1", *(f"beside {other}" for other in others))
+    differences = *(f"beside {other}" for other in others), "TAR beside lbp"
+    titles = "seeds", "pictures seen", "accuracy", "TAR at FAR 1e-2", "Rank-1", *differences
     print(f"| row, {args.side} identities | {' | '.join(titles)} |")
     print("|---" * (1 + len(titles)) + "|")
     for name, its in sorted(base.items(), key=lambda item: np.mean([row["accuracy"] for row in item[1]])):
         mean = {key: 100 * float(np.mean([row[key] for row in its])) for key in ("accuracy", "tar@0.01", "rank1")}
         beside = []
-        for other in others:
-            shared = {row["seed"] for row in its} & {row["seed"] for row in base.get(other, ())}
-            pair = [judged([row for row in side if row["seed"] in shared]) for side in (its, base[other])] if shared else None
-            change = moco.paired_difference(*pair, np.array(people[args.side]), 0) if pair and name != other else None
+        for other, what in (*((other, "right") for other in others), ("lbp", "accepted")):
+            shared = {row["seed"] for row in its} & {row["seed"] for row in base.get(other, ())} if name != other else ()
+            pair = [share([row for row in side if row["seed"] in shared], what) for side in (its, base[other]) if shared]
+            change = moco.paired_difference(*pair, np.array(people[args.side])[: len(pair[0])], 0) if shared else None
             beside.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * v for v in change)) if change else "")
         seen = its[0]["seen"] if name not in UNTRAINED else 0
         figures = " | ".join(f"{value:.1f}" for value in mean.values())
