@@ -835,7 +835,7 @@ def describe_rows(rows: dataio.Rows, cfg: Config, device: torch.device, encode: 
 def measure_probe(run: Run) -> dict[str, float]:
     """Rank-1 and TAR@1e-2 of the validation identities, as eval measures them; a figure that they cannot support is left out.
 
-    Not whitened: a whitening is fitted when training ends.
+    Of embeddings, not whitened: a whitening is fitted when training ends.
     """
     cfg, device = run.cfg, run.training.device
     encode = moco.freeze(copy.deepcopy(run.training.model.query.backbone), device, cfg.embed.flip)
@@ -1016,7 +1016,7 @@ def whiten_checkpoints(cfg: Config, folder: Path, sources: list[dataio.Passes], 
     earlier = load_checkpoint(best) if best.exists() else final  # there is none where the monitor was never a number
     is_last = earlier["step"] == final["step"]
     for path, state in ((best, earlier), (end, final))[is_last:]:
-        if "whitening" not in state:
+        if "projection" not in state.get("whitening", {}):  # older ones hold another kind
             moco.load_weights(model, state["model"])
             whitening, state["mean_picture"] = fit_whitening(model.query.backbone, sources, cfg, device)
             state["whitening"], state["config"]["embed"]["flip"] = whitening._asdict(), cfg.embed.flip
@@ -1096,7 +1096,7 @@ def train(cfg: Config, folder: Path) -> float:
                 rotate_checkpoints(folder, cfg.train)
                 what = "finished" if training.step >= schedule.total_steps else "at train.max_steps"
                 log.info("%s: %s, %d of %d steps; nothing to do", folder, what, training.step, schedule.total_steps)
-                if training.step >= schedule.total_steps and "whitening" not in saved:
+                if training.step >= schedule.total_steps and "projection" not in saved.get("whitening", {}):
                     whiten_checkpoints(cfg, folder, dataio.cached(streams, cfg.data, device), device)
                 return -min(training.monitor["best"], training.monitor["last"])
             log.info("going on from step %d of %d", training.step, schedule.total_steps)
@@ -1301,10 +1301,12 @@ def fit_whitening(
     """The whitening of the frozen encoder's features, mirrored or not as embed.flip asks, and the mean [3, S, S], in 0..255, of
     the train pictures that it is fitted to: in one pass over them."""
     describe, images = moco.freeze(backbone, device, cfg.embed.flip).penultimate, sample_images(sources, cfg, moco.WHITEN_ROWS)
-    images = progress(images, desc="fitting the whitening", unit="batch", leave=False)
-    found = ((describe(dataio.to_float(part.to(device))).cpu(), mean_picture([part])) for part in images)
-    features, means = zip(*found, strict=True)
-    return moco.fit_whitening(torch.cat(features)), torch.stack(means).mean(0)
+    features, means = [], []
+    for part in progress(images, desc="fitting the whitening", unit="batch", leave=False):
+        features.append(describe(dataio.to_float(part.to(device))).cpu())
+        means.append(mean_picture([part]))
+    features = torch.cat(features)  # the parts go: of iResNet-50, 2 GB
+    return moco.fit_whitening(features), torch.stack(means).mean(0)
 
 
 def reference_encoders(cfg: Config, rows: dataio.Rows, device: torch.device) -> dict[str, moco.Encoder]:
@@ -1401,7 +1403,7 @@ def load_trained(cfg: Config, folder: Path, typed: set[str], needed: dict[str, b
         if not any(under(key, ("backbone",)) for key in typed):
             cfg = dataclasses.replace(cfg, backbone=weights.config)
     backbone = moco.put_weights(moco.build_backbone(cfg.backbone), weights, path).to(device)
-    fitted = weights.whitening if weights.flip == cfg.embed.flip else None  # mirrored vectors have other directions than plain ones
+    fitted = weights.whitening if weights.flip == cfg.embed.flip else None  # with mirrored pictures the directions are others
     whitening, mean = fitted if cfg.embed.whiten == "train" else None, state.get("mean_picture")
     fits = cfg.embed.whiten == "train" and whitening is None
     rows = find_train_rows(cfg, meta["table"], needed | {"whitening": fits})

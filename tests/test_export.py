@@ -5,6 +5,7 @@ import json
 import numpy as np
 import onnxruntime
 import pytest
+import safetensors.torch
 import torch
 from runs import SOURCES, bits, job, refusal, settings, state_of, train
 
@@ -85,6 +86,11 @@ def test_an_unfinished_run_is_exported_as_embedded_and_the_card_holds_no_figures
     assert vectors.note["whitened"]
     assert np.abs(encode(pictures_of(vectors, people)).numpy() - vectors.vectors).max() < 1e-5
     assert "| rank1 |" in (folder / "export" / "README.md").read_text()
+    with safetensors.safe_open(folder / "export" / "encoder.safetensors", "pt") as file:
+        tensors, note = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    tensors["whitening.basis"] = tensors.pop("whitening.projection")  # of embeddings, as it once was
+    safetensors.torch.save_file(tensors, tmp_path / "older.safetensors", note)
+    assert moco.load_encoder(tmp_path / "older.safetensors").mean is None
     sniperface.export(settings(*words, "export.formats=[pt]", "embed.whiten=none"), folder, {"embed.whiten"})
     assert "None were measured with this encoder" in (folder / "export" / "README.md").read_text()
 
