@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -835,11 +835,12 @@ def describe_rows(rows: dataio.Rows, cfg: Config, device: torch.device, encode: 
 def measure_probe(run: Run) -> dict[str, float]:
     """Rank-1 and TAR@1e-2 of the validation identities, as eval measures them; a figure that they cannot support is left out.
 
-    Of embeddings, not whitened: a whitening is fitted when training ends.
+    Whitened as embed does it, but by fewer pictures.
     """
-    cfg, device = run.cfg, run.training.device
-    encode = moco.freeze(copy.deepcopy(run.training.model.query.backbone), device, cfg.embed.flip)
-    faces = describe_rows(run.probe, cfg, device, encode)
+    cfg, device, backbone = run.cfg, run.training.device, copy.deepcopy(run.training.model.query.backbone)
+    whitens = cfg.embed.whiten == "train"
+    whitening = fit_whitening(backbone, run.mix.sources, cfg, device, moco.REFERENCE_ROWS)[0] if whitens else None
+    faces = describe_rows(run.probe, cfg, device, moco.freeze(backbone, device, cfg.embed.flip, whitening))
     found = moco.measure(faces, dataclasses.replace(cfg.eval, fars=[1e-2], bootstrap=100), device).rates
     return {f"probe_{name}": round(found[name].value, 6) for name in ("rank1", "tar@0.01") if name in found}
 
@@ -1296,11 +1297,11 @@ def mean_picture(batches: Iterable[Tensor]) -> Tensor:
 
 
 def fit_whitening(
-    backbone: torch.nn.Module, sources: list[dataio.Passes], cfg: Config, device: torch.device
+    backbone: moco.IResNet, sources: Sequence[dataio.Passes], cfg: Config, device: torch.device, rows: int = moco.WHITEN_ROWS
 ) -> tuple[moco.Whitening, Tensor]:  # fmt: skip
     """The whitening of the frozen encoder's features, mirrored or not as embed.flip asks, and the mean [3, S, S], in 0..255, of
-    the train pictures that it is fitted to: in one pass over them."""
-    describe, images = moco.freeze(backbone, device, cfg.embed.flip).penultimate, sample_images(sources, cfg, moco.WHITEN_ROWS)
+    the train pictures that it is fitted to, so many `rows` at most: in one pass over them."""
+    describe, images = moco.freeze(backbone, device, cfg.embed.flip).penultimate, sample_images(sources, cfg, rows)
     features, means = [], []
     for part in progress(images, desc="fitting the whitening", unit="batch", leave=False):
         features.append(describe(dataio.to_float(part.to(device))).cpu())

@@ -150,7 +150,13 @@ def test_the_validation_identities_are_measured_while_it_trains(words, tmp_path,
     train(words, tmp_path / "run", *sides)
     lines = sniperface.read_log(tmp_path / "run")
     assert [line["epoch"] for line in lines if "probe_rank1" in line] == [1, 2]
-    assert all(0 <= line["probe_rank1"] <= 1 for line in lines if "probe_rank1" in line)
+    of_val = "embed.split=val", "embed.references=false", "eval.embeddings=embeddings/val_embeddings.parquet"
+    of_val = settings(*words, *sides, *of_val)
+    sniperface.embed(of_val, tmp_path / "run", {"embed.split"})
+    metrics = sniperface.evaluate(of_val, tmp_path / "run")
+    assert abs(metrics["rank1"] - lines[-1]["probe_rank1"]) < 0.02
+    train(words, tmp_path / "unmeasured", *sides[::2])
+    assert bits(state_of(tmp_path / "unmeasured")["model"]) == bits(state_of(tmp_path / "run")["model"])
     assert "needs split.validation_ratio" in refusal(lambda: settings("train.probe_every_epochs=1"))
     monkeypatch.setattr(moco, "measure", lambda *_: moco.enrol(np.array(["one person"] * 5), np.arange(5), 5, 0))  # refused
     train(words, tmp_path / "blind", *sides)
