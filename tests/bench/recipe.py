@@ -154,7 +154,7 @@ def main() -> None:
         beside = []
         for other, what in (*((other, "right") for other in others), ("lbp", "accepted")):
             shared = {row["seed"] for row in its} & {row["seed"] for row in base.get(other, ())} if name != other else ()
-            pair = [share([row for row in side if row["seed"] in shared], what) for side in (its, base[other]) if shared]
+            pair = [share([row for row in side if row["seed"] in shared], what) for side in (its, base.get(other, [])) if shared]
             change = moco.paired_difference(*pair, np.array(people[args.side])[: len(pair[0])], 0) if shared else None
             beside.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * v for v in change)) if change else "")
         seen = its[0]["seen"] if name not in UNTRAINED else 0
