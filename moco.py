@@ -737,8 +737,8 @@ def fit_whitening(features: Tensor) -> Whitening:
     features -= mean
     with torch.random.fork_rng(devices=[]):  # the directions are found by random projections (arXiv:0909.4061)
         torch.manual_seed(0)
-        spare = min(3 * EMBEDDING_DIM // 2, *features.shape)  # the last directions are rough
-        _, scale, directions = torch.svd_lowrank(features, spare, niter=4)
+        sampled = min(3 * EMBEDDING_DIM // 2, *features.shape)  # more than are kept: the last are rough
+        _, scale, directions = torch.svd_lowrank(features, sampled, niter=4)
     variance, directions = scale[:EMBEDDING_DIM] ** 2 / len(features), directions[:, :EMBEDDING_DIM]
     largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
     directions = directions * largest.sign()  # the order of the rows decides no sign
