@@ -64,7 +64,7 @@ def rows_with_hidden_direction(count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_whitening_brings_out_what_lies_in_little_variance():
     rows, person = rows_with_hidden_direction(4000)
-    white = moco.fit_whitening(rows.clone())(rows)
+    white = moco.fit_whitening(rows)(rows)
     assert white.shape == (4000, 512)
     assert torch.allclose(white.norm(dim=1), torch.ones(4000))
     assert not white[:, 16:].any()  # padded
@@ -96,21 +96,22 @@ def test_a_whitening_takes_the_place_of_the_last_layer():
 
 def test_a_whitening_of_few_rows_is_told_and_shrunk_harder(caplog):
     rows, _ = rows_with_hidden_direction(4000)
-    few = moco.fit_whitening(rows[:100].clone())
+    few = moco.fit_whitening(rows[:100])
     assert "a whitening of 100 pictures is rough" in caplog.text
-    assert few.projection[:, 15].norm() < moco.fit_whitening(rows.clone()).projection[:, 15].norm()
+    assert few.projection[:, 15].norm() < moco.fit_whitening(rows).projection[:, 15].norm()
     assert few(rows[:3]).isfinite().all()
 
 
-def test_a_whitening_of_more_features_than_rows_is_exact_and_of_no_order():
-    spectrum = torch.arange(1, 2001) ** -0.5
-    rows = torch.randn(1500, 2000, generator=torch.Generator().manual_seed(0)) * spectrum
-    fitted = moco.fit_whitening(rows.clone())
+@pytest.mark.parametrize("shape", [(1000, 1500), (1500, 1000)], ids=["more features than rows", "more rows"])
+def test_a_whitening_is_exact_and_of_no_order(shape):
+    spectrum = torch.arange(1, shape[1] + 1) ** -0.5
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * spectrum
+    fitted = moco.fit_whitening(rows)
     scores = [F.normalize((rows - rows.mean(0)) @ basis) for basis in (fitted.projection, exact_projection(rows))]
     one, other = (vectors @ vectors.T for vectors in scores)
-    assert (one - other).abs().max() < 0.01
+    assert (one - other).abs().max() < 1e-3
     again = moco.fit_whitening(rows.flip(0))
-    assert F.cosine_similarity(fitted(rows), again(rows)).min() > 0.9
+    assert F.cosine_similarity(fitted(rows), again(rows)).min() > 0.999
 
 
 def groups_of_rows(people: int, each: int, spread: float) -> tuple[torch.Tensor, np.ndarray]:
