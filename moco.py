@@ -640,7 +640,7 @@ class Training:
                 return with_mirrored(model.query.backbone.penultimate, flip=True)(views).float()
 
         some = (views[:: -(-rows // REFERENCE_ROWS)] for views in pictures())
-        encode = fit_whitened(describe, some) if self.links else fit_lbp(some)
+        encode = fit_whitened(describe if self.links else with_mirrored(lbp_histograms, flip=True), some)
         vectors = torch.cat([encode(views) for views in pictures()])
         found = mutual_links(vectors, cfg.neighbours, cfg.keep, at_least=self.links.get("lbp"))
         self.links.pop("encoder", None)
@@ -707,32 +707,31 @@ def signs_of_failure(entry: dict, untrained: float, cfg: TrainConfig, warmed_up:
 # ---- Frozen encoders: the trained one, and what it must beat ----
 
 Encoder = Callable[[Tensor], Tensor]  # views float [n, 3, S, S] in [-1, 1], on its device -> unit rows float32 [n, D]
-PCA_SIDE_PX, PCA_COMPONENTS = 32, 128
-FEW_ROWS = 1000  # a whitening of fewer is shrunk harder
-SHRINKAGE = 0.5  # of all encoders and of LBP: a compromise of accuracy and Rank-1 of validation identities
+PCA_SIDE_PX = 32
+FEW_ROWS = 1000  # fewer are whitened less
+WHITENING_POWER = 0.7  # 1 is whole, 0 is none; of encoders, LBP and PCA alike: a compromise of accuracy and Rank-1, see tests/bench
 
 
 class Whitening(NamedTuple):
-    """Features seen from the mean, along their principal directions, each brought to about the same variance."""
+    """Features seen from the mean, along their principal directions, whose variances are brought nearer to each other."""
 
     mean: Tensor  # [D]
-    projection: Tensor  # [D, 512], zeros where there are fewer directions
+    matrix: Tensor  # [D, 512], zeros where there are fewer directions
 
     def __call__(self, features: Tensor) -> Tensor:
         """[n, D] -> unit rows float32 [n, 512]"""
-        return F.normalize((features - self.mean) @ self.projection)
+        return F.normalize((features - self.mean) @ self.matrix)
 
 
 def fit_whitening(features: Tensor) -> Whitening:
     """Fit to rows [N, D], without labels.
 
-    Of the 512 first directions each is divided by the root of its variance and SHRINKAGE times the mean variance: so little-varying
-    directions count, and what a face encoder learns early lies in these. Takes O(min(N, D)^3): half a minute for 4,096.
+    Each of the 512 first directions is divided by its standard deviation to the power WHITENING_POWER: so little-varying directions
+    count, and what a face encoder learns early lies in these. Takes O(min(N, D)^3): half a minute for 4,096.
     """
-    shrinkage = SHRINKAGE
+    power = WHITENING_POWER * min(1, len(features) / FEW_ROWS)
     if len(features) < FEW_ROWS:
-        log.warning("a whitening of %d pictures is rough: its directions are shrunk harder", len(features))
-        shrinkage *= FEW_ROWS / len(features)
+        log.warning("of %d pictures the directions are rough: they are whitened less", len(features))
     rows = features.double()  # the last directions have a thousandth of the first's variance, and less
     mean = rows.mean(0)
     rows -= mean
@@ -740,12 +739,11 @@ def fit_whitening(features: Tensor) -> Whitening:
     gram = rows @ rows.T if wide else rows.T @ rows
     variance, vectors = (part.flip(-1)[..., :EMBEDDING_DIM] for part in torch.linalg.eigh(gram / len(rows)))
     kept = variance >= 1e-9 * variance[0]  # the others are noise of rounding
-    variance, vectors = variance[kept], vectors[:, kept]
+    variance, vectors = variance[kept].clamp(min=TIE**2), vectors[:, kept]
     directions = F.normalize(rows.T @ vectors, dim=0) if wide else vectors
     largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
-    directions = directions * largest.sign()  # the order of the rows decides no sign
-    projection = directions / (variance + shrinkage * variance.mean()).sqrt().clamp(min=TIE)
-    return Whitening(mean.float(), F.pad(projection.float(), (0, EMBEDDING_DIM - len(variance))))
+    matrix = directions * largest.sign() * variance ** (-power / 2)  # the order of the rows decides no sign
+    return Whitening(mean.float(), F.pad(matrix.float(), (0, EMBEDDING_DIM - len(variance))))
 
 
 def fit_whitened(describe: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> Encoder:
@@ -773,7 +771,7 @@ class FrozenEncoder(nn.Module):
         super().__init__()
         self.backbone, self.flip = backbone, flip
         self.register_buffer("mean", whitening and whitening.mean)
-        self.register_buffer("projection", whitening and whitening.projection)
+        self.register_buffer("matrix", whitening and whitening.matrix)
         self.eval().requires_grad_(False)
 
     def penultimate(self, views: Tensor) -> Tensor:
@@ -789,7 +787,7 @@ class FrozenEncoder(nn.Module):
         views = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1 if decoded else pictures.float()
         if self.mean is None:
             return F.normalize(with_mirrored(self.backbone, self.flip)(views).float())
-        return Whitening(self.mean, self.projection)(self.penultimate(views))
+        return Whitening(self.mean, self.matrix)(self.penultimate(views))
 
 
 def freeze(backbone: IResNet, device: torch.device, flip: bool, whitening: Whitening | None = None) -> FrozenEncoder:
@@ -803,7 +801,7 @@ def grey_of(views: Tensor) -> Tensor:
 
 
 def small_grey(views: Tensor) -> Tensor:
-    """Views [n, 3, S, S] -> small grey pictures as rows [n, PCA_SIDE_PX^2]."""
+    """Views [n, 3, S, S] -> small grey pictures as rows [n, PCA_SIDE_PX^2]; whitened, eigenfaces (Turk and Pentland 1991)."""
     small = F.interpolate(grey_of(views), size=(PCA_SIDE_PX, PCA_SIDE_PX), mode="bilinear", antialias=True)
     return small.flatten(1)
 
@@ -811,8 +809,8 @@ def small_grey(views: Tensor) -> Tensor:
 def lbp_histograms(views: Tensor) -> Tensor:
     """Square roots of local histograms of uniform binary patterns: views [n, 3, S, S] -> [n, 3 radii * 81 cells * 59] = [n, 14337].
 
-    Local binary patterns of 8 neighbours on circles of 1, 2 and 3 px (Ojala et al. 2002), counted in 9 x 9 cells of 10 px (faces:
-    Ahonen et al. 2006), in the middle 96 x 96 px of a picture of 112 x 112 px; others are resized first.
+    Local binary patterns of 8 neighbours on circles of 1, 2 and 3 px (Ojala et al. 2002), counted in 9 x 9 cells of 10 px (a face
+    descriptor: Ahonen et al. 2006), in the middle 96 x 96 px of a picture of 112 x 112 px; others are resized first.
     """
     grey = F.interpolate(grey_of(views), size=(112, 112), mode="bilinear", antialias=True)[:, 0, 8:104, 8:104]  # [n, 96, 96]
     bits = [[byte >> i & 1 for i in range(8)] for byte in range(256)]
@@ -833,21 +831,6 @@ def lbp_histograms(views: Tensor) -> Tensor:
         return torch.bincount((first + label[code.int()]).flatten(), minlength=len(grey) * 81 * 59).view(len(grey), -1)
 
     return torch.cat([histogram(radius) for radius in (1, 2, 3)], dim=1).float().sqrt()
-
-
-def fit_pca(batches: Iterable[Tensor]) -> Encoder:
-    """Whitened principal components of small grey pictures, fitted to views without labels (eigenfaces, Turk and Pentland 1991)."""
-    fitted = torch.cat([small_grey(views) for views in batches]).double()
-    mean = fitted.mean(0)
-    values, vectors = torch.linalg.eigh((fitted - mean).T @ (fitted - mean) / len(fitted))
-    count = min(PCA_COMPONENTS, len(fitted) - 1)
-    basis = vectors[:, -count:] / values[-count:].clamp(min=1e-9).sqrt()  # [side^2, count]
-    return lambda views: F.normalize((small_grey(views).double() - mean) @ basis).float()
-
-
-def fit_lbp(batches: Iterable[Tensor], flip: bool = True) -> Encoder:
-    """Whitened `lbp_histograms`: what a face descriptor of 2006 tells without any training, fitted to views without labels."""
-    return fit_whitened(with_mirrored(lbp_histograms, flip), batches)
 
 
 # ---- Encoders in files: ours, the public ones, and out to others ----
@@ -935,10 +918,10 @@ def read_weights(path: str | Path) -> Weights:
                 check_seal(path)
                 settings = state["config"] | state["config"]["embed"]
         tensors = tensors_in(state)
-        mean, projection, old = (tensors.pop(f"whitening.{name}", None) for name in ("mean", "projection", "basis"))
-        whitening = None if projection is None else Whitening(mean, projection)
-        if old is not None:
-            log.warning("%s: its whitening is of embeddings, as it once was, and is left out; command=train renews it", path)
+        fitted = {name: tensors.pop(f"whitening.{name}", None) for name in ("mean", "matrix", "projection", "basis")}
+        whitening = None if fitted["matrix"] is None else Whitening(fitted["mean"], fitted["matrix"])
+        if fitted["mean"] is not None and not whitening:
+            log.warning("%s: its whitening is of an older kind and is left out; command=train renews it", path)
         last = next((name for name in tensors if name.endswith("features.weight")), None)
         if last is None:
             raise ValueError("holds no weights of an iResNet (conv1, bn1, prelu, layer1.0.bn1, ..., bn2, fc, features)")
@@ -994,7 +977,7 @@ def save_safetensors(encoder: FrozenEncoder, path: Path, note: dict[str, str]) -
     """Write tensors and a note, from which `load_encoder` makes the same encoder."""
     from safetensors.torch import save_file
 
-    white = {} if encoder.mean is None else {"whitening.mean": encoder.mean, "whitening.projection": encoder.projection}
+    white = {} if encoder.mean is None else {"whitening.mean": encoder.mean, "whitening.matrix": encoder.matrix}
     save_file(public_weights(encoder) | {name: value.cpu().contiguous() for name, value in white.items()}, path, metadata=note)
 
 

@@ -1017,7 +1017,7 @@ def whiten_checkpoints(cfg: Config, folder: Path, sources: list[dataio.Passes], 
     earlier = load_checkpoint(best) if best.exists() else final  # there is none where the monitor was never a number
     is_last = earlier["step"] == final["step"]
     for path, state in ((best, earlier), (end, final))[is_last:]:
-        if "projection" not in state.get("whitening", {}):  # older ones hold another kind
+        if "matrix" not in state.get("whitening", {}):  # older ones hold another kind
             moco.load_weights(model, state["model"])
             whitening, state["mean_picture"] = fit_whitening(model.query.backbone, sources, cfg, device)
             state["whitening"], state["config"]["embed"]["flip"] = whitening._asdict(), cfg.embed.flip
@@ -1097,7 +1097,7 @@ def train(cfg: Config, folder: Path) -> float:
                 rotate_checkpoints(folder, cfg.train)
                 what = "finished" if training.step >= schedule.total_steps else "at train.max_steps"
                 log.info("%s: %s, %d of %d steps; nothing to do", folder, what, training.step, schedule.total_steps)
-                if training.step >= schedule.total_steps and "projection" not in saved.get("whitening", {}):
+                if training.step >= schedule.total_steps and "matrix" not in saved.get("whitening", {}):
                     whiten_checkpoints(cfg, folder, dataio.cached(streams, cfg.data, device), device)
                 return -min(training.monitor["best"], training.monitor["last"])
             log.info("going on from step %d of %d", training.step, schedule.total_steps)
@@ -1319,8 +1319,11 @@ def reference_encoders(cfg: Config, rows: dataio.Rows, device: torch.device) -> 
     moco.calibrate_batchnorm(backbone, (dataio.to_float(part.to(device)) for part in images))
     whitening = fit_whitening(backbone, streams, cfg, device)[0] if cfg.embed.whiten == "train" else None
     untrained = moco.freeze(backbone, device, cfg.embed.flip, whitening)
-    lbp, pca = moco.fit_lbp(map(dataio.to_float, images), cfg.embed.flip), moco.fit_pca(map(dataio.to_float, images))
-    return {"untrained": untrained, "lbp": lbp, "pca": pca}
+    fitted = {
+        name: moco.fit_whitened(moco.with_mirrored(describe, cfg.embed.flip), map(dataio.to_float, images))
+        for name, describe in (("lbp", moco.lbp_histograms), ("pca", moco.small_grey))
+    }
+    return {"untrained": untrained} | fitted
 
 
 def embeds_own_side(cfg: Config, folder: Path) -> bool:
@@ -1419,7 +1422,7 @@ def load_trained(cfg: Config, folder: Path, typed: set[str], needed: dict[str, b
     digest = dataio.digest(*(f"{name} {value.double().sum().item()}" for name, value in weights.backbone.items()))
     made = {"table": meta["table"], "step": state.get("step"), "extended": meta.get("extended", [])}
     made |= {"elsewhere": meta.get("elsewhere", False), "checkpoint": digest}
-    made |= {"flip": encoder.flip, "whitened": "penultimate" if encoder.mean is not None else False}
+    made |= {"flip": encoder.flip, "whitened": encoder.mean is not None and f"penultimate^{moco.WHITENING_POWER}"}
     return Trained(path, cfg, encoder, made, device, rows, mean)
 
 
@@ -1470,7 +1473,7 @@ def embed(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> None:
         "trained": made["checkpoint"],
         "untrained": f"untrained seed {cfg.seed}",
         "lbp": f"lbp {moco.EMBEDDING_DIM}",
-        "pca": f"pca {moco.PCA_COMPONENTS} of {moco.PCA_SIDE_PX} px",
+        "pca": f"pca {moco.EMBEDDING_DIM} of {moco.PCA_SIDE_PX} px",
     }
     hashes: set[int] = set()
     with contextlib.ExitStack() as stack:

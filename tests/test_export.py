@@ -88,7 +88,7 @@ def test_an_unfinished_run_is_exported_as_embedded_and_the_card_holds_no_figures
     assert "| rank1 |" in (folder / "export" / "README.md").read_text()
     with safetensors.safe_open(folder / "export" / "encoder.safetensors", "pt") as file:
         tensors, note = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    tensors["whitening.basis"] = tensors.pop("whitening.projection")  # of embeddings, as it once was
+    tensors["whitening.projection"] = tensors.pop("whitening.matrix")  # of an older kind
     safetensors.torch.save_file(tensors, tmp_path / "older.safetensors", note)
     assert moco.load_encoder(tmp_path / "older.safetensors").mean is None
     sniperface.export(settings(*words, "export.formats=[pt]", "embed.whiten=none"), folder, {"embed.whiten"})

@@ -78,10 +78,10 @@ def test_whitening_brings_out_what_lies_in_little_variance():
     assert gap(white) > 2 * gap(rows)
 
 
-def exact_projection(rows: torch.Tensor) -> torch.Tensor:
+def exact_matrix(rows: torch.Tensor) -> torch.Tensor:
     _, scale, directions = torch.linalg.svd((rows - rows.mean(0)).double(), full_matrices=False)
     variance = scale[:512] ** 2 / len(rows)
-    return (directions[:512].T / (variance + moco.SHRINKAGE * variance.mean()).sqrt()).float()
+    return (directions[:512].T / variance.sqrt() ** moco.WHITENING_POWER).float()
 
 
 def test_a_whitening_takes_the_place_of_the_last_layer():
@@ -97,8 +97,8 @@ def test_a_whitening_takes_the_place_of_the_last_layer():
 def test_a_whitening_of_few_rows_is_told_and_shrunk_harder(caplog):
     rows, _ = rows_with_hidden_direction(4000)
     few = moco.fit_whitening(rows[:100])
-    assert "a whitening of 100 pictures is rough" in caplog.text
-    assert few.projection[:, 15].norm() < moco.fit_whitening(rows).projection[:, 15].norm()
+    assert "of 100 pictures the directions are rough" in caplog.text
+    assert few.matrix[:, 15].norm() < moco.fit_whitening(rows).matrix[:, 15].norm()
     assert few(rows[:3]).isfinite().all()
 
 
@@ -107,7 +107,7 @@ def test_a_whitening_is_exact_and_of_no_order(shape):
     spectrum = torch.arange(1, shape[1] + 1) ** -0.5
     rows = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * spectrum
     fitted = moco.fit_whitening(rows)
-    scores = [F.normalize((rows - rows.mean(0)) @ basis) for basis in (fitted.projection, exact_projection(rows))]
+    scores = [F.normalize((rows - rows.mean(0)) @ basis) for basis in (fitted.matrix, exact_matrix(rows))]
     one, other = (vectors @ vectors.T for vectors in scores)
     assert (one - other).abs().max() < 1e-3
     again = moco.fit_whitening(rows.flip(0))
@@ -248,8 +248,8 @@ def test_the_final_and_the_best_checkpoint_hold_their_own_whitening(words, tmp_p
     train(words, tmp_path)
     final, best = (sniperface.load_checkpoint(tmp_path / "checkpoints" / f"{name}.pt") for name in ("last", "best"))
     for state in (final, best):
-        assert state["whitening"]["projection"].shape == state["model"]["query.backbone.fc.weight"].T.shape
-    same = torch.equal(final["whitening"]["projection"], best["whitening"]["projection"])
+        assert state["whitening"]["matrix"].shape == state["model"]["query.backbone.fc.weight"].T.shape
+    same = torch.equal(final["whitening"]["matrix"], best["whitening"]["matrix"])
     assert same == (final["step"] == best["step"])
 
 
@@ -286,16 +286,16 @@ def test_vectors_are_whitened_from_the_checkpoint_else_by_the_train_rows_else_no
     assert not np.allclose(stored, raw, atol=1e-2)
     path = tmp_path / "checkpoints" / "last.pt"
     state = sniperface.load_checkpoint(path)
-    assert state["whitening"].keys() == {"mean", "projection"}
+    assert state["whitening"].keys() == {"mean", "matrix"}
     state["whitening"] = {"mean": torch.zeros(512), "basis": torch.eye(512)}  # of embeddings, as it once was
     sniperface.write_checkpoint(state, path)
     refitted = vectors()  # to the same pictures in another order
     assert np.einsum("nd,nd->n", refitted, stored).min() > 0.98
-    assert "its whitening is of embeddings, as it once was" in caplog.text
+    assert "its whitening is of an older kind" in caplog.text
     gone = [f"data.{source}_glob={tmp_path}/gone.parquet" for source in SOURCES]
     given = f"embed.test_glob={people}/digi2real_*.parquet", f"embed.out={out}"
     raw = vectors(*given, "embed.whiten=none", "embed.references=false")
     assert np.allclose(vectors(*given, *gone), raw, atol=1e-6)
     assert "no references and no whitening, the run's train data is not here" in caplog.text
     train(words, tmp_path, "data.cache=decoded")
-    assert sniperface.load_checkpoint(path)["whitening"].keys() == {"mean", "projection"}
+    assert sniperface.load_checkpoint(path)["whitening"].keys() == {"mean", "matrix"}

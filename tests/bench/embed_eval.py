@@ -72,10 +72,10 @@ def measure_whole_eval(args: argparse.Namespace, folder: Path) -> None:
     """command=eval in a process of its own, on files as embed writes them; pictures are named by their row."""
     (vectors, identity), rows = made_vectors(args), np.arange(5 * args.templates + args.probes)
     names = pa.table({"identity_id": identity.astype(str), "image_filename": rows.astype(str), "image_hash": rows})
-    for name, width in (("", 512), (".untrained", 512), (".pca", 128)):
+    for name in ("", ".untrained", ".lbp", ".pca"):
         writer = dataio.VectorWriter(folder / f"test_embeddings{name}.parquet", {})
         for first in range(0, len(rows), args.batch):
-            part = np.ascontiguousarray(vectors[first : first + args.batch, :width])
+            part = np.ascontiguousarray(vectors[first : first + args.batch])
             faiss.normalize_L2(part)
             writer.add(names.slice(first, args.batch), "file", part)
         writer.close({})
