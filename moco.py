@@ -350,7 +350,7 @@ def load_weights(model: MoCo, weights: dict[str, Tensor]) -> None:
 # ---- Positives beyond the same picture ----
 
 EXACT_ROWS = 200_000  # of more rows the nearest are found approximately
-REFERENCE_ROWS, WHITEN_ROWS = 4096, 20_000  # train pictures that LBP and PCA, and a whitening, are fitted on, at most
+REFERENCE_ROWS, WHITEN_ROWS = 4096, 20_000  # train pictures that LBP and PCA, and an encoder's whitening, are fitted on, at most
 
 
 @dataclass
@@ -430,6 +430,11 @@ def links_above(least: float, score: np.ndarray, row: np.ndarray) -> Links:
         closed.append((partners[one] == other[:, None]).any(axis=1))
     closed = np.concatenate(closed)
     return Links(torch.from_numpy(partners), float(closed.mean()) if len(closed) else math.nan, float(least))
+
+
+def join_vectors(parts: Iterable[Tensor]) -> Tensor:
+    """Unit rows [N, D] of the same pictures by several encoders, as unit rows, whose cosines are the mean of theirs."""
+    return F.normalize(torch.cat([*parts], dim=1))
 
 
 def judge_links(links: Links, vectors: Tensor, person: np.ndarray) -> Links:
@@ -534,7 +539,7 @@ class Training:
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         self.first_bad_step = torch.tensor(-1, device=device)  # of the loss; set on the device, so that no step waits
         self.monitor: dict[str, float] = {"untrained": math.nan, "last": math.nan, "best": math.inf}
-        self.links: dict[str, Links] = {}  # by what they were found: lbp, encoder; the last one is in use
+        self.links: dict[str, Links] = {}  # those in use, by what they were found
 
     def state_dict(self) -> dict:
         return {
@@ -628,25 +633,37 @@ class Training:
         self, pictures: Callable[[], Iterable[Tensor]], rows: int, cfg: PositivesConfig,
         others: Callable[["Encoder"], Any] | None = None,
     ) -> None:  # fmt: skip
-        """Link mutual neighbours by LBP and, from the second time on, by the encoder, as soon as it closes as many triangles.
+        """Link mutual neighbours: by LBP, or, from the second time on, by the encoder or both together, where these close as many
+        triangles.
 
         pictures: gives all train pictures, so many rows, as views [n, 3, S, S] without augmentation, each time in the same order.
         others: gives `vectors` [n, D] and `names` of validation pictures, by which links are judged; nothing depends on it.
         """
-        name, model = "encoder" if self.links else "lbp", self.model.eval()
+        model = self.model.eval()
 
-        def describe(views: Tensor) -> Tensor:
+        def penultimate(views: Tensor) -> Tensor:
             with self.autocast():
-                return with_mirrored(model.query.backbone.penultimate, flip=True)(views).float()
+                return model.query.backbone.penultimate(views).float()
 
-        some = (views[:: -(-rows // REFERENCE_ROWS)] for views in pictures())
-        encode = fit_whitened(describe if self.links else with_mirrored(lbp_histograms, flip=True), some)
-        vectors = torch.cat([encode(views) for views in pictures()])
-        found = mutual_links(vectors, cfg.neighbours, cfg.keep, at_least=self.links.get("lbp"))
-        self.links.pop("encoder", None)
-        if found:
-            faces = others and others(encode)
-            self.links[name] = judge_links(found, torch.from_numpy(faces.vectors), faces.names) if faces else found
+        def some() -> Iterator[Tensor]:
+            every, seen = -(-rows // REFERENCE_ROWS), 0
+            for views in pictures():
+                yield views[-seen % every :: every]
+                seen += len(views)
+
+        describers = {"lbp": lbp_histograms} | ({"encoder": penultimate} if self.links else {})
+        encoders = {name: fit_whitened(with_mirrored(describe, flip=True), some()) for name, describe in describers.items()}
+        vectors = {name: torch.cat([encode(views) for views in pictures()]) for name, encode in encoders.items()}
+        links = mutual_links(vectors["lbp"], cfg.neighbours, cfg.keep)
+        found = {("lbp",): links}
+        for names in (("encoder",), ("lbp", "encoder")) if self.links else ():
+            found[names] = mutual_links(join_vectors(vectors[name] for name in names), cfg.neighbours, cfg.keep, at_least=links)
+        names = max(filter(found.get, found), key=lambda names: found[names].count * found[names].closure)
+        links = found[names]
+        if others:
+            faces = others(lambda views: join_vectors(encoders[name](views) for name in names))
+            links = judge_links(links, torch.from_numpy(faces.vectors), faces.names)
+        self.links = {" and ".join(names): links}
         model.train()
         log.info("positives by %s: %s", *self.links_in_use)
 
@@ -727,13 +744,16 @@ def fit_whitening(features: Tensor) -> Whitening:
     """Fit to rows [N, D], without labels.
 
     Each of the 512 first directions is divided by its standard deviation to the power WHITENING_POWER: so little-varying directions
-    count, and what a face encoder learns early lies in these. Takes O(min(N, D)^3): half a minute for 4,096.
+    count, and what a face encoder learns early lies in these. Takes O(min(N, D)^3): half a minute for 4,096. Raises ValueError
+    for features that are not finite.
     """
     power = WHITENING_POWER * min(1, len(features) / FEW_ROWS)
     if len(features) < FEW_ROWS:
-        log.warning("of %d pictures the directions are rough: they are whitened less", len(features))
+        log.warning("a whitening of %d pictures is rough: less is whitened", len(features))
     rows = features.double()  # the last directions have a thousandth of the first's variance, and less
     mean = rows.mean(0)
+    if not mean.isfinite().all():
+        raise ValueError("whitening: what the encoder says of the train pictures is not finite; use an earlier checkpoint")
     rows -= mean
     wide = rows.shape[1] > len(rows)
     gram = rows @ rows.T if wide else rows.T @ rows
@@ -801,7 +821,7 @@ def grey_of(views: Tensor) -> Tensor:
 
 
 def small_grey(views: Tensor) -> Tensor:
-    """Views [n, 3, S, S] -> small grey pictures as rows [n, PCA_SIDE_PX^2]; whitened, eigenfaces (Turk and Pentland 1991)."""
+    """Views [n, 3, S, S] -> small grey pictures as rows [n, PCA_SIDE_PX^2], for eigenfaces (Turk and Pentland 1991)."""
     small = F.interpolate(grey_of(views), size=(PCA_SIDE_PX, PCA_SIDE_PX), mode="bilinear", antialias=True)
     return small.flatten(1)
 
@@ -921,7 +941,7 @@ def read_weights(path: str | Path) -> Weights:
         fitted = {name: tensors.pop(f"whitening.{name}", None) for name in ("mean", "matrix", "projection", "basis")}
         whitening = None if fitted["matrix"] is None else Whitening(fitted["mean"], fitted["matrix"])
         if fitted["mean"] is not None and not whitening:
-            log.warning("%s: its whitening is of an older kind and is left out; command=train renews it", path)
+            log.warning("%s: its whitening is of an older kind and is left out; command=train, then export, renew it", path)
         last = next((name for name in tensors if name.endswith("features.weight")), None)
         if last is None:
             raise ValueError("holds no weights of an iResNet (conv1, bn1, prelu, layer1.0.bn1, ..., bn2, fc, features)")

@@ -94,12 +94,27 @@ def test_a_whitening_takes_the_place_of_the_last_layer():
     assert torch.allclose(embed(views), F.normalize(backbone(views) + backbone(views.flip(3))), atol=1e-5)
 
 
-def test_a_whitening_of_few_rows_is_told_and_shrunk_harder(caplog):
+def test_of_few_rows_less_is_whitened_and_that_is_told(caplog):
     rows, _ = rows_with_hidden_direction(4000)
     few = moco.fit_whitening(rows[:100])
-    assert "of 100 pictures the directions are rough" in caplog.text
+    assert "a whitening of 100 pictures is rough" in caplog.text
     assert few.matrix[:, 15].norm() < moco.fit_whitening(rows).matrix[:, 15].norm()
     assert few(rows[:3]).isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [torch.ones(5, 7), torch.zeros(1, 3), torch.eye(40, 3), torch.arange(12.0).view(6, 2)])
+def test_directions_without_variance_are_left_out(rows):
+    vectors = moco.fit_whitening(rows)(rows)
+    assert vectors.isfinite().all()
+    lengths = vectors.norm(dim=1)
+    assert torch.allclose(lengths, (rows - rows.mean(0)).norm(dim=1).gt(0).float(), atol=1e-5)
+
+
+def test_features_that_are_not_finite_are_refused():
+    rows = torch.randn(50, 20)
+    rows[7, 3] = torch.inf
+    with pytest.raises(ValueError, match="not finite"):
+        moco.fit_whitening(rows)
 
 
 @pytest.mark.parametrize("shape", [(1000, 1500), (1500, 1000)], ids=["more features than rows", "more rows"])
@@ -208,7 +223,8 @@ MUTUAL = ("positives=mutual", "data.cache=decoded", "positives.every_epochs=1", 
 def test_a_run_with_linked_pictures_goes_on_to_the_same_bits(words, tmp_path):
     train(words, tmp_path / "whole", *MUTUAL)
     whole = state_of(tmp_path / "whole")
-    assert moco.Links(*whole["links"]["lbp"]).count > 0
+    [links] = whole["links"].values()
+    assert moco.Links(*links).count > 0
     steps = whole["step"] // 2
     train(words, tmp_path / "parts", *MUTUAL, f"train.max_steps={steps - 2}")
     train(words, tmp_path / "parts", *MUTUAL, f"train.max_steps={steps}")  # where the links are found anew

@@ -3,7 +3,7 @@
     uv run python tests/bench/embed_eval.py [--probes 300000 --templates 27500] [--rows N] [--only 11 12 13 whole]
 
 Row 11: embed, parquet -> vectors in a file, beside the forward pass alone at the same batch size. Row 12: the search of eval beside
-FAISS's own; with --only whole the command itself on files of vectors, with both references. Row 13: the split table and the shards
+FAISS's own; with --only whole the command itself on files of vectors, with the references. Row 13: the split table and the shards
 of both sides. The default sizes of 12 are small; the arguments give the real ones. Rates are images a second (11) or MB a second
 (13), eval is in seconds.
 """
