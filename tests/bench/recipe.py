@@ -35,8 +35,7 @@ ROWS = {  # name -> overrides; further ones by `--rows "name: overrides"`
     "no light": "experiment=small augment.light.p=0",
     "T 0.07": "experiment=small moco.temperature=0.07",
     "batch 256": "experiment=small train.batch_size=256 train.lr=0.3 moco.shuffle_groups=8",
-    "batch 256, long": "experiment=small train.batch_size=256 train.lr=0.3 moco.shuffle_groups=8 train.epochs=50 "
-    "positives.every_epochs=12",
+    "batch 256, long": "experiment=small train.batch_size=256 train.lr=0.3 moco.shuffle_groups=8 train.epochs=50",
 }
 UNTRAINED = (*sniperface.REFERENCES, "pixels")
 FILE = Path(__file__).with_name("recipe.json")
