@@ -233,6 +233,28 @@ def test_a_run_with_linked_pictures_goes_on_to_the_same_bits(words, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.parametrize(
+    ("spread_lbp", "spread_encoder", "by"), [(1.2, 9.0, "lbp"), (9.0, 1.2, "encoder"), (1.4, 1.4, "lbp and encoder")]
+)
+def test_links_are_by_whatever_links_more_rightly(spread_lbp, spread_encoder, by, monkeypatch):
+    generator, cfg = torch.Generator().manual_seed(0), settings("backbone=tiny", *MUTUAL, "positives.keep=0.5")
+    person = np.repeat(np.arange(250), 5)
+    centre = torch.randn(250, 64, generator=generator).repeat_interleave(5, 0)
+    views = [centre + spread * torch.randn(centre.shape, generator=generator) for spread in (spread_lbp, spread_encoder)]
+    views = torch.cat(views, dim=1)[:, :, None, None]  # a descriptor sees its own half
+    training = moco.Training(sniperface.build_model(cfg), cfg.train, torch.device("cpu"))
+    monkeypatch.setattr(moco, "lbp_histograms", lambda views: views[:, :64, 0, 0])
+    monkeypatch.setattr(training.model.query.backbone, "penultimate", lambda views: views[:, 64:, 0, 0])
+    found = []
+    for _ in range(2):
+        training.renew_links(lambda: views.split(100), len(views), cfg.positives)
+        found.append(training.links_in_use)
+    assert [name for name, _ in found] == ["lbp", by]
+    one, place = (found[1][1].partners >= 0).nonzero(as_tuple=True)
+    right = (person[one] == person[found[1][1].partners[one, place]]).mean()
+    assert right > 0.7
+
+
 def test_links_are_judged_by_how_often_the_same_cosine_joins_one_person():
     first, others = groups_of_rows(200, 5, 1.0), groups_of_rows(60, 5, 1.2)
     links = moco.judge_links(moco.mutual_links(first[0], 3, 0.3), *others)
