@@ -658,7 +658,7 @@ class Training:
         found = {("lbp",): links}
         for names in (("encoder",), ("lbp", "encoder")) if self.links else ():
             found[names] = mutual_links(join_vectors(vectors[name] for name in names), cfg.neighbours, cfg.keep, at_least=links)
-        names = max(filter(found.get, found), key=lambda names: found[names].count * found[names].closure)
+        names = max(filter(found.get, found), key=lambda names: found[names].count * found[names].closure)  # many, and likely right
         links = found[names]
         if others:
             faces = others(lambda views: join_vectors(encoders[name](views) for name in names))
