@@ -982,8 +982,10 @@ class BadImages:
         with self.lock:
             if (path, row) not in self.found and len(self.found) < 10:
                 log.warning("%s row %d: broken image (%s); %s", path, row, reason, self.instead)
-            self.found.setdefault((path, row), reason)
-            if len(self.found) > self.max_fraction * self.whole:
+            limit = self.max_fraction * self.whole
+            if len(self.found) <= limit:  # later, other threads tell of the same end
+                self.found.setdefault((path, row), reason)
+            if len(self.found) > limit:
                 (path, row), reason = next(iter(self.found.items()))
                 raise ValueError(
                     f"{len(self.found)} of {self.whole} images are broken, more than data.max_bad_fraction={self.max_fraction}; "

@@ -170,8 +170,10 @@ def test_too_many_broken_images_end_the_run_at_the_end_of_a_small_source(tmp_pat
 def test_too_many_broken_images_end_the_run_as_soon_as_no_number_of_good_ones_can_make_up_for_them(tmp_path):
     path = broken_source(tmp_path, range(0, 3000, 10), count=3000, group=100)
     batches = load_batches([stream_of(path, max_bad_fraction=0.05)], by_steps(100), 0, 30, workers=2)
-    with pytest.raises(ValueError, match=r"15\d of 3000 images are broken"):
-        list(batches)
+    given = []
+    with pytest.raises(ValueError, match=r"^151 of 3000 images are broken"):
+        given.extend(batches)  # keeps those before the error
+    assert 10 <= len(given) <= 16  # of 100 images, ten of them broken
 
 
 def test_a_batch_of_broken_images_alone_is_an_empty_batch(tmp_path):
