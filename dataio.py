@@ -920,11 +920,11 @@ def decode_image(data: bytes | memoryview, size: int, max_pixels: int) -> np.nda
         return decode_whole(bare, size, max_pixels)
 
 
-DEEP = re.compile(r"(RGB.?;16)([BLN])")  # Pillow's layouts of 16 bits a colour, of which it keeps the high bytes
+DEEP = re.compile(r"(RGB.?;16|LA;16)([BLN])")  # Pillow's layouts of 16 bits a colour, of which it keeps the high bytes
 
 
 def low_bytes(data: bytes | memoryview) -> Image.Image:
-    """A picture of 16 bits a colour by its low bytes: read as if they stood in the other order."""
+    """A picture of 16 bits a colour by its low bytes: read as if they stood in the other order, which LA has not: ValueError."""
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     native = "B" if sys.byteorder == "little" else "L"
     for n, tile in enumerate(image.tile):

@@ -283,9 +283,9 @@ def chunk(kind, content):
 
 
 def deep_png(pixels):
-    """uint16 [H, W, 3 or 4] as a PNG, which Pillow does not write."""
+    """uint16 [H, W, 2, 3 or 4] as a PNG, which Pillow does not write."""
     height, width, bands = pixels.shape
-    head = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[bands], 0, 0, 0)
+    head = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[bands], 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
@@ -320,6 +320,14 @@ def test_colours_of_16_bits_in_0_to_255_are_as_they_are_and_others_are_divided_b
     assert (decode(DEEP[kind](wide)) == pixels[..., :3]).all()
     wide[..., :3] = 0
     assert (decode(DEEP[kind](wide)) == 0).all()
+
+
+def test_grey_with_alpha_of_16_bits_is_divided_by_257_and_refused_in_0_to_255():
+    pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 2))
+    pixels[..., 1] = 65535
+    with pytest.raises(ValueError, match="raw mode"):
+        decode(deep_png(pixels))
+    assert (decode(deep_png(pixels * [257, 1])) == pixels[..., :1]).all()
 
 
 @pytest.mark.parametrize(
