@@ -1868,10 +1868,13 @@ def report(cfg: Config | DictConfig, pattern: str) -> None:
     if not found:
         raise FileNotFoundError(f"report.runs={pattern}: no run there (a folder with config.yaml)")
     runs, settings = list(found), [flat(read_saved_settings(path)) for path in found.values()]
-    values = {key: [s[key] for s in settings if key in s and "${" not in str(s[key])] for key in sorted(set().union(*settings))}
-    varied = [key for key, told in values.items() if key not in OF_EACH and any(value != told[0] for value in told)]
     files = (files_of_evaluation(cfg, run)["metrics"] for run in runs)
     metrics = [json.loads(file.read_text()) if file.exists() else {} for file in files]
+    for setting, figures in zip(settings, metrics, strict=True):
+        made = figures.get("made_from", {})
+        setting |= {f"vectors.{key}": made.get(key) for key in ("flip", "whitened", "aligned") if made}
+    values = {key: [s[key] for s in settings if key in s and "${" not in str(s[key])] for key in sorted(set().union(*settings))}
+    varied = [key for key, told in values.items() if key not in OF_EACH and any(value != told[0] for value in told)]
     first, rows = next((run for run, figures in zip(runs, metrics, strict=True) if figures), runs[0]), []
     for run, setting, figures in zip(runs, settings, metrics, strict=True):
         lines = read_log(run)

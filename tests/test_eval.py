@@ -154,12 +154,15 @@ def test_a_pair_protocol_takes_the_threshold_from_the_other_folds_and_is_the_mai
 def test_a_report_sets_runs_side_by_side_with_paired_differences(tmp_path):
     for number, noise in enumerate((2.5, 0.5)):
         run = tmp_path / f"run_{number}"
-        evaluate(run, write_vectors(run / "a.parquet", noise=noise))
+        note = {"flip": True, "whitened": f"penultimate^0.{number}"}
+        evaluate(run, write_vectors(run / "a.parquet", noise=noise, note=note))
         (run / "config.yaml").write_text(f"data:\n  workers: 1\ntrain:\n  epochs: 3\n  lr: 0.{number + 1}\n")
         (run / "train_log.jsonl").write_text('{"step": 4, "epoch": 2, "loss": 5.0}\n')
     sniperface.report(settings("eval.embeddings=a.parquet"), f"{tmp_path}/run_*")
     first, second = csv.DictReader((tmp_path / "table.csv").read_text().splitlines())
     assert (first["train.lr"], second["train.lr"]) == ("0.1", "0.2")
+    assert (first["vectors.whitened"], second["vectors.whitened"]) == ("penultimate^0.0", "penultimate^0.1")
+    assert "vectors.flip" not in first
     assert first["state"] == "epoch 2 of 3, measured"
     assert float(first["rank1_change"]) == 0
     assert float(second["rank1_change"]) == pytest.approx(float(second["rank1"]) - float(first["rank1"]))
