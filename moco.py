@@ -456,6 +456,7 @@ class TrainConfig:
     epochs: int = field(metadata={"at_least": 1})
     batch_size: int = field(metadata={"at_least": 2})
     lr: float = field(metadata={"above": 0})
+    lr_schedule: str = field(metadata={"one_of": ("cosine", "constant")})
     momentum: float = field(metadata={"at_least": 0, "below": 1})
     weight_decay: float = field(metadata={"at_least": 0})
     warmup_epochs: float = field(metadata={"at_least": 0})
@@ -510,10 +511,12 @@ def warmup_steps(total_steps: int, steps_per_epoch: int, cfg: TrainConfig) -> fl
 
 
 def lr_at(step: int, total_steps: int, steps_per_epoch: int, cfg: TrainConfig) -> float:
-    """Linear warm-up, then half a cosine to zero (arXiv:1608.03983)."""
+    """Linear warm-up, then the rate itself, or half a cosine to zero (arXiv:1608.03983)."""
     warmup = warmup_steps(total_steps, steps_per_epoch, cfg)
     if step < warmup:
         return cfg.lr * (step + 1) / (warmup + 1)
+    if cfg.lr_schedule == "constant":
+        return cfg.lr
     return cfg.lr * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup))) / 2
 
 

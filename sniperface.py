@@ -897,7 +897,7 @@ def say_what_trains(run: Run, sources: list[dataio.Passes], streams: list[dataio
     images, epoch_images = " + ".join(f"{len(source):,}" for source in sources), schedule.steps_per_epoch * schedule.batch_size
     log.info("%s images in %d steps an epoch, %d epochs", images, schedule.steps_per_epoch, cfg.train.epochs)
     if schedule.begins:
-        log.info("extended from step %d on: a new warm-up, and a cosine from train.lr=%g", schedule.begins, cfg.train.lr)
+        log.info("extended from step %d on: a new warm-up to train.lr=%g", schedule.begins, cfg.train.lr)
     if run.warmup < cfg.train.warmup_epochs * schedule.steps_per_epoch:
         told = "train.warmup_epochs=%g does not fit: the warm-up is a tenth of the run, %d steps"
         log.warning(told, cfg.train.warmup_epochs, math.ceil(run.warmup))

@@ -269,6 +269,13 @@ def test_the_learning_rate_warms_up_and_falls_to_zero_whatever_max_steps():
     assert rates[-1] < 0.001
 
 
+def test_a_constant_learning_rate_warms_up_and_stays():
+    cfg = settings("train.lr=0.4", "train.warmup_epochs=2", "train.lr_schedule=constant").train
+    rates = [moco.lr_at(step, 100, 10, cfg) for step in range(100)]
+    assert rates[:20] == [moco.lr_at(step, 100, 10, settings("train.lr=0.4", "train.warmup_epochs=2").train) for step in range(20)]
+    assert rates[20:] == [0.4] * 80
+
+
 def test_the_weights_depend_on_the_seed_alone():
     cfg, other = settings("backbone=tiny", "moco.queue_size=512"), settings("backbone=tiny", "moco.queue_size=512", "seed=43")
     torch.manual_seed(1)
