@@ -640,7 +640,7 @@ class Training:
         triangles.
 
         pictures: gives all train pictures, so many rows, as views [n, 3, S, S] without augmentation, each time in the same order.
-        others: gives `vectors` [n, D] and `names` of validation pictures, by which links are judged; nothing depends on it.
+        others: gives `vectors` [n, D] and `names` of validation pictures, to judge links by, or None; nothing depends on it.
         """
         model = self.model.eval()
 
@@ -651,7 +651,8 @@ class Training:
         def some() -> Iterator[Tensor]:
             every, seen = -(-rows // REFERENCE_ROWS), 0
             for views in pictures():
-                yield views[-seen % every :: every]
+                if len(part := views[-seen % every :: every]):
+                    yield part
                 seen += len(views)
 
         describers = {"lbp": lbp_histograms} | ({"encoder": penultimate} if self.links else {})
@@ -663,8 +664,7 @@ class Training:
             found[names] = mutual_links(join_vectors(vectors[name] for name in names), cfg.neighbours, cfg.keep, at_least=links)
         names = max(filter(found.get, found), key=lambda names: found[names].count * found[names].closure)  # many, and likely right
         links = found[names]
-        if others:
-            faces = others(lambda views: join_vectors(encoders[name](views) for name in names))
+        if others and (faces := others(lambda views: join_vectors(encoders[name](views) for name in names))):
             links = judge_links(links, torch.from_numpy(faces.vectors), faces.names)
         self.links = {" and ".join(names): links}
         model.train()
@@ -983,10 +983,13 @@ def put_weights(backbone: IResNet, weights: Weights, place: object) -> IResNet:
 def load_encoder(path: str | Path, flip: bool | None = None) -> FrozenEncoder:
     """The frozen encoder of a file that `read_weights` reads, on the CPU; `flip` as the file says unless given.
 
-    A whitening is of what is said of mirrored pictures, too, or not: with the other `flip` than the file's, vectors stay raw.
+    A whitening is of what is said of mirrored pictures, too, or not: with the other `flip` than the file's, vectors stay raw, as
+    those of a run's checkpoint without one do; both are told.
     """
     weights = read_weights(path)
     whitening = weights.whitening if flip in (None, weights.flip) else None
+    if whitening is None and (weights.state or weights.whitening):
+        log.warning("%s: no whitening for these vectors: they are raw embeddings; command=export writes one with it", path)
     backbone = put_weights(build_backbone(weights.config), weights, path)
     return freeze(backbone, torch.device("cpu"), weights.flip if flip is None else flip, whitening)
 

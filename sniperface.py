@@ -229,6 +229,7 @@ def flat(settings: dict, prefix: str = "") -> dict[str, object]:
     return pairs
 
 
+DEFAULTS = flat(OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml")))  # a newer setting's is what was done before it
 NOT_THE_RESULT = (                                           # settings that may differ when a run goes on
     "command", "run", "run_dir", "device", "deterministic", "pack", "data.digiface_glob", "data.digi2real_glob",
     "data.workers", "data.cache", "data.cache_dir", "data.batch_read_rows", "data.max_bad_fraction", "split.out_dir",
@@ -241,6 +242,7 @@ NOT_THE_RESULT = (                                           # settings that may
 def differences(saved: dict, asked: dict) -> dict[str, tuple]:
     """Settings of two runs that differ and decide the result: {key: (saved, asked)}."""
     a, b = flat(saved), flat(asked)
+    a |= {key: DEFAULTS[key] for key in (b.keys() - a.keys()) & DEFAULTS.keys()}
     pairs = {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
     return {key: pair for key, pair in pairs.items() if not under(key, NOT_THE_RESULT)}
 
@@ -259,7 +261,7 @@ def settings_of(saved: dict, cfg: Config, typed: set[str]) -> Config:
     if any("${" in str(value) for value in saved.values()):
         raise ValueError("the saved settings hold an interpolation, which this program never writes; do not use unknown files")
     for key, value in flat(dataclasses.asdict(cfg)).items():
-        is_typed, trained_with = under(key, typed), saved.get(key, value)  # a setting that is newer than the run has its default
+        is_typed, trained_with = under(key, typed), saved.get(key, DEFAULTS.get(key, value))
         as_asked = under(key, ALWAYS_AS_ASKED) and not under(key, AS_TYPED)
         as_asked |= is_typed and under(key, AS_TYPED) and key != "data.image_size"
         if is_typed and not as_asked and trained_with != value and not under(key, NOT_THE_RESULT):
@@ -426,7 +428,7 @@ def find_start(cfg: Config, folder: Path) -> dict | None:
         raise FileNotFoundError(f"{folder}/checkpoints: nothing to resume, and train.resume=must")
     changed = differences(saved["config"], dataclasses.asdict(cfg)) if saved else {}
     was, now = changed.get("train.epochs", (0, 0))
-    longer = now > was and changed.keys() <= {"train.epochs", "train.lr", "train.warmup_epochs"}
+    longer = now > was and changed.keys() <= {"train.epochs", "train.lr", "train.lr_schedule", "train.warmup_epochs"}
     if cfg.train.extend and longer:
         saved["meta"]["extended"] = [*saved["meta"].get("extended", []), was]
     elif changed:
@@ -752,16 +754,19 @@ class Run(NamedTuple):
         each, cfg, caches = self.schedule.steps_per_epoch, self.cfg.positives, self.mix.sources
         for first, last in itertools.pairwise([start, *range((start // each + 1) * each, stop, each), stop]):
             if first % (each * cfg.every_epochs) == 0:
-                rows, others = sum(map(len, caches)), None
-                if self.cfg.split.validation_ratio:  # only to judge the links
-                    validation = dataio.find_rows(self.cfg.data, self.cfg.split, "val")
-                    others = functools.partial(describe_rows, validation, self.cfg, self.training.device)
+                rows, judge = sum(map(len, caches)), self.judge_links if self.cfg.split.validation_ratio else None
                 with timer.paused():
-                    self.training.renew_links(lambda: dataio.pictures_in(caches, self.training.device), rows, cfg, others)
+                    self.training.renew_links(lambda: dataio.pictures_in(caches, self.training.device), rows, cfg, judge)
             partners = self.training.links_in_use[1].partners.numpy()
             linked = [dataio.Partners(caches, number, partners, cfg.p) for number in range(len(caches))]
             others = dataio.mix_from_start(linked, self.schedule).batches(first, last, self.training.device, self.cfg.data.workers)
             yield from zip(self.batches(first, last), others, strict=True)
+
+    def judge_links(self, encode: moco.Encoder) -> dataio.VectorTable | None:
+        """Vectors of the validation pictures, by which links are judged; None where these cannot be read."""
+        with not_vital("judgement of the links"):
+            validation = dataio.find_rows(self.cfg.data, self.cfg.split, "val")
+            return describe_rows(validation, self.cfg, self.training.device, encode)
 
     def views(self, images: Tensor, purpose: str, step: int, others: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return dataio.two_views(images, self.cfg.augment, draw(self.cfg.seed, purpose, step), others)
@@ -1022,9 +1027,9 @@ def whiten_checkpoints(cfg: Config, folder: Path, sources: list[dataio.Passes], 
             whitening, state["mean_picture"] = fit_whitening(model.query.backbone, sources, cfg, device)
             state["whitening"], state["config"]["embed"]["flip"] = whitening._asdict(), cfg.embed.flip
             write_checkpoint(state, path)
-    link(end, last)
     if is_last and best.exists():
         link(end, best)
+    link(end, last)  # at the end: after a kill, what this one names tells whether to do it again
     rotate_checkpoints(folder, cfg.train)
 
 
@@ -1408,6 +1413,8 @@ def load_trained(cfg: Config, folder: Path, typed: set[str], needed: dict[str, b
         meta = {"table": None, "elsewhere": True}
         if not any(under(key, ("backbone",)) for key in typed):
             cfg = dataclasses.replace(cfg, backbone=weights.config)
+        if (weights.whitening or weights.flip) and not under("embed.flip", typed):  # what `command=export` wrote says so
+            cfg = dataclasses.replace(cfg, embed=dataclasses.replace(cfg.embed, flip=weights.flip))
     backbone = moco.put_weights(moco.build_backbone(cfg.backbone), weights, path).to(device)
     fitted = weights.whitening if weights.flip == cfg.embed.flip else None  # with mirrored pictures the directions are others
     whitening, mean = fitted if cfg.embed.whiten == "train" else None, state.get("mean_picture")
@@ -1551,7 +1558,7 @@ def card_training(path: Path, cfg: Config, made: dict) -> str:
         return f"`{path.name}` holds weights of another program: see there what they were trained on."
     names = [f"`{Path(pattern).name}`" for pattern in (cfg.data.digiface_glob, cfg.data.digi2real_glob) if pattern]
     shown = {name: dataclasses.asdict(getattr(cfg, name)) for name in ("backbone", "moco", "positives", "curriculum")}
-    shown["train"] = {name: getattr(cfg.train, name) for name in ("epochs", "batch_size", "lr")}
+    shown["train"] = {name: getattr(cfg.train, name) for name in ("epochs", "batch_size", "lr", "lr_schedule")}
     shown |= {"augment": cfg.augment.name, "seed": cfg.seed, "step": made["step"]}
     told = f"With SniperFace (MoCo with MarginNCE), without labels, on the train identities (split table {made['table']}) of "
     told += " and ".join(names) + (f", starting from the weights `{Path(cfg.train.init).name}`" if cfg.train.init else "")
@@ -1872,6 +1879,8 @@ def report(cfg: Config | DictConfig, pattern: str) -> None:
     metrics = [json.loads(file.read_text()) if file.exists() else {} for file in files]
     for setting, figures in zip(settings, metrics, strict=True):
         made = figures.get("made_from", {})
+        setting |= {key: value for key, value in DEFAULTS.items() if key not in setting and key.startswith(("moco.", "train."))}
+        setting |= {f"eval.{key}": figures[key] for key in ("enroll_per_id", "template", "seed") if key in figures}
         setting |= {f"vectors.{key}": made.get(key) for key in ("flip", "whitened", "aligned") if made}
     values = {key: [s[key] for s in settings if key in s and "${" not in str(s[key])] for key in sorted(set().union(*settings))}
     varied = [key for key, told in values.items() if key not in OF_EACH and any(value != told[0] for value in told)]
@@ -1880,8 +1889,10 @@ def report(cfg: Config | DictConfig, pattern: str) -> None:
         lines = read_log(run)
         state = f"epoch {lines[-1]['epoch']} of {setting['train.epochs']}" if lines else "not trained, see its log.txt"
         low, high = figures.get("rank1_ci", (None, None))
+        step = figures.get("made_from", {}).get("step")
+        earlier = f" at step {step}" if lines and step not in (None, lines[-1]["step"]) else ""
         rows.append({
-            "run": run.name, "state": state + (", measured" if figures else ""),
+            "run": run.name, "state": state + (f", measured{earlier}" if figures else ""),
             **{key: next((str(value) for value in values[key] if value == setting.get(key)), "") for key in varied},  # 0 is 0.0
             **{key: figures.get(key) for key in ("rank1", "rank5", "rank10", "mrr", "auc", "eer")},
             "rank1_low": low, "rank1_high": high, **difference_to(first, run, cfg),

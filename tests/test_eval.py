@@ -154,16 +154,23 @@ def test_a_pair_protocol_takes_the_threshold_from_the_other_folds_and_is_the_mai
 def test_a_report_sets_runs_side_by_side_with_paired_differences(tmp_path):
     for number, noise in enumerate((2.5, 0.5)):
         run = tmp_path / f"run_{number}"
-        note = {"flip": True, "whitened": f"penultimate^0.{number}"}
-        evaluate(run, write_vectors(run / "a.parquet", noise=noise, note=note))
-        (run / "config.yaml").write_text(f"data:\n  workers: 1\ntrain:\n  epochs: 3\n  lr: 0.{number + 1}\n")
+        note = {"flip": True, "whitened": f"penultimate^0.{number}", "step": 4}
+        template = ("centroid", "best")[number]
+        evaluate(run, write_vectors(run / "a.parquet", noise=noise, note=note), f"eval.template={template}")
         (run / "train_log.jsonl").write_text('{"step": 4, "epoch": 2, "loss": 5.0}\n')
+    (tmp_path / "run_0" / "config.yaml").write_text("data:\n  workers: 1\ntrain:\n  epochs: 3\n  lr: 0.1\n")
+    newer = "data:\n  workers: 1\ntrain:\n  epochs: 3\n  lr: 0.2\n  lr_schedule: constant\n"
+    (tmp_path / "run_1" / "config.yaml").write_text(newer)
+    (tmp_path / "run_1" / "train_log.jsonl").write_text('{"step": 8, "epoch": 3, "loss": 4.0}\n')
     sniperface.report(settings("eval.embeddings=a.parquet"), f"{tmp_path}/run_*")
     first, second = csv.DictReader((tmp_path / "table.csv").read_text().splitlines())
     assert (first["train.lr"], second["train.lr"]) == ("0.1", "0.2")
     assert (first["vectors.whitened"], second["vectors.whitened"]) == ("penultimate^0.0", "penultimate^0.1")
+    assert (first["train.lr_schedule"], second["train.lr_schedule"]) == ("cosine", "constant")  # one run is older than the setting
+    assert (first["eval.template"], second["eval.template"]) == ("centroid", "best")
     assert "vectors.flip" not in first
     assert first["state"] == "epoch 2 of 3, measured"
+    assert second["state"] == "epoch 3 of 3, measured at step 4"
     assert float(first["rank1_change"]) == 0
     assert float(second["rank1_change"]) == pytest.approx(float(second["rank1"]) - float(first["rank1"]))
     assert float(second["rank1_change_low"]) > 0

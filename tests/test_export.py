@@ -24,7 +24,7 @@ def pictures_of(vectors: dataio.VectorTable, data) -> np.ndarray:
 
 
 @pytest.mark.parametrize("given", ["uint8", "float", "normalised"])
-def test_embed_the_files_and_the_notebook_give_the_same_vectors(trained, unbroken, data, given, no_pictures):
+def test_embed_the_files_and_the_notebook_give_the_same_vectors(trained, unbroken, data, given, tmp_path, no_pictures, caplog):
     flip = given == "uint8"  # the run was trained without
     words = f"embed.flip={str(flip).lower()}", f"export.input={given}"
     cfg = job(unbroken, data, *words)
@@ -36,6 +36,9 @@ def test_embed_the_files_and_the_notebook_give_the_same_vectors(trained, unbroke
     for encode in (moco.load_encoder(trained / file) for file in files):
         assert np.abs(encode(decoded).numpy() - vectors.vectors).max() < 1e-5
         assert torch.equal(encode(torch.from_numpy(decoded[:9])), encode(decoded[:9].transpose(0, 3, 1, 2) / np.float32(127.5) - 1))
+    words = f"embed.checkpoint={trained}/export/encoder.safetensors", "embed.references=false", "embed.out=again.parquet"
+    sniperface.embed(job(unbroken, data, *words), tmp_path, typed_keys(words))  # mirrored and whitened as the file says
+    assert np.abs(dataio.read_vectors(tmp_path / "again.parquet").vectors - vectors.vectors).max() < 1e-5
     session = onnxruntime.InferenceSession(trained / "export" / "encoder.onnx")
     pictures = decoded if given == "uint8" else decoded.astype(np.float32).transpose(0, 3, 1, 2)
     pictures = pictures / np.float32(127.5) - 1 if given == "normalised" else pictures
@@ -45,7 +48,9 @@ def test_embed_the_files_and_the_notebook_give_the_same_vectors(trained, unbroke
     note = json.loads((trained / "export" / "encoder.json").read_text())
     assert note["flip"] == flip
     assert note["whitened"]
+    assert "no whitening" not in caplog.text
     assert moco.load_encoder(trained / "checkpoints/last.pt", flip=True).mean is None  # its whitening is of plain vectors
+    assert "checkpoints/last.pt: no whitening for these vectors" in caplog.text
     assert note["input"]["pictures"].startswith("uint8" if given == "uint8" else "float32")
     assert note["input"]["pictures"].endswith("minus 1") == (given == "normalised")
     assert "$" not in (trained / "export" / "README.md").read_text()

@@ -255,6 +255,20 @@ def test_links_are_by_whatever_links_more_rightly(spread_lbp, spread_encoder, by
     assert right > 0.7
 
 
+@pytest.mark.parametrize("parts", [[300] * 4, [1199, 1], [2, 600, 598]])
+def test_descriptors_are_fitted_to_a_sample_whatever_the_parts(parts, monkeypatch):
+    cfg, generator = settings("backbone=tiny", *MUTUAL), torch.Generator().manual_seed(0)
+    monkeypatch.setattr(moco, "REFERENCE_ROWS", 3)  # each 400th: most parts hold none
+    monkeypatch.setattr(moco, "FEW_ROWS", 3)
+    views, fitted, real = torch.rand(1200, 3, 16, 16, generator=generator) * 2 - 1, [], moco.fit_whitening
+    monkeypatch.setattr(moco, "lbp_histograms", lambda views: views.view(len(views), -1))
+    monkeypatch.setattr(moco, "fit_whitening", lambda features: fitted.append(features) or real(features))
+    training = moco.Training(sniperface.build_model(cfg), cfg.train, torch.device("cpu"))
+    training.renew_links(lambda: views.split(parts), len(views), cfg.positives)
+    expected = views[[0, 400, 800]]
+    assert torch.equal(fitted[0], (expected + expected.flip(3)).flatten(1))
+
+
 def test_links_are_judged_by_how_often_the_same_cosine_joins_one_person():
     first, others = groups_of_rows(200, 5, 1.0), groups_of_rows(60, 5, 1.2)
     links = moco.judge_links(moco.mutual_links(first[0], 3, 0.3), *others)
@@ -275,6 +289,14 @@ def test_the_links_of_validation_pictures_are_logged_and_change_nothing(words, t
     train(words, tmp_path / "unjudged", *sides)
     judged, unjudged = (state_of(tmp_path / run)["model"] for run in ("judged", "unjudged"))
     assert_same(*(bits(model) for model in (judged, unjudged)))
+
+
+def test_validation_pictures_that_cannot_be_read_end_no_training(words, tmp_path, monkeypatch, caplog):
+    sides = ("split.validation_ratio=0.3", f"split.out_dir={tmp_path}/splits", "split.materialize=no", "seed=3", *MUTUAL)
+    monkeypatch.setattr(sniperface, "describe_rows", lambda *_: 1 / 0)
+    train(words, tmp_path / "run", *sides)
+    assert "no judgement of the links: division by zero" in caplog.text
+    assert all(line["links"] > 0 for line in sniperface.read_log(tmp_path / "run"))
 
 
 def test_linked_pictures_need_a_cache():

@@ -13,6 +13,20 @@ import moco
 import sniperface
 
 
+def test_a_setting_that_is_newer_than_a_run_counts_as_what_was_done_before_it(words, tmp_path):
+    train(words, tmp_path / "run", "train.max_steps=3")
+    path = tmp_path / "run" / "checkpoints" / "last.pt"
+    state = sniperface.load_checkpoint(path)
+    del state["config"]["train"]["lr_schedule"]
+    sniperface.write_checkpoint(state, path)
+    with pytest.raises(ValueError, match=r"train\.lr_schedule was 'cosine', asked is 'constant'"):
+        train(words, tmp_path / "run", "train.lr_schedule=constant")
+    with pytest.raises(ValueError, match=r"train\.lr_schedule=constant: the checkpoint was trained with cosine"):
+        sniperface.settings_of(state["config"], settings("train.lr_schedule=constant"), {"train.lr_schedule"})
+    train(words, tmp_path / "run", "train.max_steps=4")
+    assert state_of(tmp_path / "run")["step"] == 4
+
+
 @pytest.mark.parametrize("cache", ["none", "decoded"])
 def test_a_run_stopped_inside_an_epoch_goes_on_to_the_same_bits_whatever_the_workers(words, tmp_path, cache):
     train(words, tmp_path / "whole", f"data.cache={cache}", "data.workers=2")
