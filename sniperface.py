@@ -1190,8 +1190,8 @@ def try_steps(cfg: Config, rows: dataio.Rows, scratch: Path) -> dict:
     """Real steps on the plain stream, a round through the checkpoint, and where there is a GPU its step beside the CPU's."""
     device = moco.pick_device(cfg.device)
     configure_process(device, cfg.deterministic, tf32=True)
-    plain = dataclasses.replace(cfg.positives, name="self")  # there is no cache here to take linked pictures from
-    cfg = dataclasses.replace(cfg, positives=plain)
+    linked = cfg.positives
+    cfg = dataclasses.replace(cfg, positives=dataclasses.replace(linked, name="self"))  # no cache is here to take them from
     streams = dataio.open_streams(rows, cfg.data, cfg.seed)
     schedule = dataio.Schedule(cfg.curriculum, list(map(len, streams)), cfg.train.batch_size, cfg.train.epochs)
     training = moco.Training(start_model(cfg, rows.tables)[0], cfg.train, device)
@@ -1217,7 +1217,11 @@ def try_steps(cfg: Config, rows: dataio.Rows, scratch: Path) -> dict:
     parts["computing"] = max(step - parts["copying"], 0.0)
     each = 1 / figures["images_per_s"] if cache == "none" else sum(parts[name] for name in parts.keys() - {*DONE_ONCE[cache]})
     making = len(rows) * parts["decoding"] if cache != "none" else 0.0
-    hours = (schedule.total_steps * schedule.batch_size * each + making) / 3600
+    begun, some = time.perf_counter(), dataio.to_float(images[:64])
+    moco.with_mirrored(moco.lbp_histograms, flip=True)(some)
+    searches = 0 if linked.name == "self" else math.ceil(cfg.train.epochs / linked.every_epochs)
+    linking = searches * len(rows) * (time.perf_counter() - begun) / len(some)  # LBP takes the longest of it
+    hours = (schedule.total_steps * schedule.batch_size * each + making + linking) / 3600
     save_checkpoint(run, None)
     saved = load_checkpoint(scratch / "checkpoints" / "last.pt")["model"]
     if not all(torch.equal(value.cpu(), saved[name]) for name, value in training.model.state_dict().items()):
@@ -1228,7 +1232,7 @@ def try_steps(cfg: Config, rows: dataio.Rows, scratch: Path) -> dict:
     return {
         "pairs_per_s": figures["images_per_s"], "data_wait": figures["data_wait"], "loss": loss,
         "ms_a_picture": {name: round(1000 * seconds, 4) for name, seconds in parts.items()}, "limit": name_limit(parts, cache),
-        "hours": round(hours, 4), "hours_for_the_cache": round(making / 3600, 4),
+        "hours": round(hours, 4), "hours_for_the_cache": round(making / 3600, 4), "hours_for_links": round(linking / 3600, 4),
         "peak_process_gb": peak / 1e9,
         "peak_device_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
         "checkpoints_gb": bytes_each * (cfg.train.keep_last + 4) / 1e9, "device_beside_cpu": apart,

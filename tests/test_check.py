@@ -38,7 +38,11 @@ def test_a_sound_run_is_described_and_nothing_else_is_left(data, tmp_path):
     assert steps["cache_gb"] > 0
     assert steps["device_beside_cpu"] is None
     assert steps["ms_a_picture"].keys() == sniperface.SPEEDUPS.keys()
-    assert steps["hours_for_the_cache"] == 0
+    assert steps["hours_for_the_cache"] == steps["hours_for_links"] == 0
+    words = "positives=mutual", "positives.every_epochs=1", "data.cache=decoded", "train.epochs=200"
+    checked(data, tmp_path, *words)()
+    steps = json.loads((tmp_path / "run" / "check.json").read_text())["steps"]
+    assert 0 < steps["hours_for_links"] < steps["hours"]
 
 
 @pytest.mark.parametrize("cache", sniperface.DONE_ONCE)
