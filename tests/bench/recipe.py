@@ -44,7 +44,7 @@ PAIRS, GENUINE_A_PERSON, FOLDS, FAR = 6000, 15, 10, 1e-2
 
 
 def write_pairs(vectors: dataio.VectorTable, path: Path) -> np.ndarray:
-    """Half genuine, both people of a pair in the same fold, fixed by a seed; gives the code of each pair's first person."""
+    """Half genuine, both people of a pair in the same fold, fixed by a seed; gives the codes of each pair's people [2, N]."""
     rng, person = np.random.default_rng(0), np.unique(vectors.names, return_inverse=True)[1]
     fold, genuine = rng.permutation(person.max() + 1) % FOLDS, []
     for one in range(person.max() + 1):
@@ -59,7 +59,7 @@ def write_pairs(vectors: dataio.VectorTable, path: Path) -> np.ndarray:
     for side, rows in (("a", a), ("b", b)):
         table |= {f"image_filename_{side}": vectors.files[rows], f"identity_id_{side}": vectors.names[rows]}
     pq.write_table(pa.table(table), path)
-    return person[a]
+    return person[np.stack([a, b])]
 
 
 def raw_pixels(folder: Path, side: str) -> tuple[dataio.VectorTable, float]:
@@ -95,8 +95,8 @@ def measure(vectors: dataio.VectorTable, pairs: Path) -> dict:
     return moco.pair_figures(score, same, fold, [FAR]) | tar | bits
 
 
-def run_row(name: str, overrides: str, seed: int, args: argparse.Namespace) -> tuple[list[dict], list[int]]:
-    """Train, embed and measure: a row for the encoder and one for each reference, and the identity code of each pair."""
+def run_row(name: str, overrides: str, seed: int, args: argparse.Namespace) -> tuple[list[dict], list[list[int]]]:
+    """Train, embed and measure: a row for the encoder and one for each reference, and the codes of each pair's people [2, N]."""
     run = f"{name}_{seed}".replace(" ", "-").replace(",", "")
     words = [
         *overrides.split(), f"data.digiface_glob='{args.first}'", f"data.digi2real_glob='{args.second}'", "split.train_ratio=0.75",
@@ -134,12 +134,22 @@ def share(rows: list[dict], what: str) -> np.ndarray:
     return np.mean([np.unpackbits(np.frombuffer(base64.b64decode(row[what]), np.uint8), count=count) for row in rows], axis=0)
 
 
-def read_rows() -> tuple[list[dict], dict[str, list[int]]]:
+def difference(ours: np.ndarray, base: np.ndarray, people: np.ndarray) -> str:
+    """A rate of pairs [N] minus another, with its 95 % interval: their people [2, N] are drawn anew, and so pairs of one or two."""
+    each, (a, b), count = np.subtract(ours, base), people, people.max() + 1
+    weight = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=1000)
+    kinds = [kind for kind in (a == b, a != b) if kind.any()]
+    drawn = [np.where(kind, weight[:, a] * np.where(a == b, 1, weight[:, b]), 0) for kind in kinds]
+    low, high = np.quantile(np.mean([w @ each / w.sum(axis=1) for w in drawn], axis=0), (0.025, 0.975))
+    return f"{100 * each.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def read_rows() -> tuple[list[dict], dict[str, list[list[int]]]]:
     """The finished rows, and of each data and side the people of the pairs."""
     return tuple(json.loads(FILE.read_text()).values()) if FILE.exists() else ([], {})
 
 
-def keep_rows(found: list[dict], people: list[int], data: str, side: str) -> None:
+def keep_rows(found: list[dict], people: list[list[int]], data: str, side: str) -> None:
     """Add what is new to the file as it is now: another process may have written to it."""
     done, of_pairs = read_rows()
     known = {(row["row"], row["seed"], row["side"], row["data"]) for row in done}
@@ -189,8 +199,7 @@ def main() -> None:
                 sides = [[row for row in side if row["seed"] in seeds] for side in sides]
             shared = all(sides) and (what == "right" or all("strangers" in row for side in sides for row in side))
             pair = [share(side, what) for side in sides if shared]
-            change = moco.paired_difference(*pair, np.array(people[f"{args.side} {data}"])[: len(pair[0])], 0) if shared else None
-            beside.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * v for v in change)) if change else "")
+            beside.append(difference(*pair, np.array(people[f"{args.side} {data}"])[:, : len(pair[0])]) if shared else "")
         seen = its[0]["seen"] if name not in UNTRAINED else 0
         figures = " | ".join(f"{value:.1f}" for value in mean.values())
         print(f"| {name} | {len(its)} | {seen:,} | {figures} | {' | '.join(beside)} |")
