@@ -924,8 +924,10 @@ DEEP = re.compile(r"(RGB.?;16|LA;16)([BLN])")  # Pillow's layouts of 16 bits a c
 
 
 def low_bytes(data: bytes | memoryview) -> Image.Image:
-    """A picture of 16 bits a colour by its low bytes: read as if they stood in the other order, which LA has not: ValueError."""
+    """A picture of 16 bits a colour by its low bytes: read as if they stood in the other order. Raises ValueError for LA."""
     image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if any("LA;16" in str(tile.args) for tile in image.tile):  # Pillow reads it in one order alone
+        raise ValueError("grey with alpha of 16 bits, all in 0..255: store it in 8 bits")
     native = "B" if sys.byteorder == "little" else "L"
     for n, tile in enumerate(image.tile):
         layout, *more = (tile.args,) if isinstance(tile.args, str) else tile.args
