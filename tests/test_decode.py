@@ -325,7 +325,7 @@ def test_colours_of_16_bits_in_0_to_255_are_as_they_are_and_others_are_divided_b
 def test_grey_with_alpha_of_16_bits_is_divided_by_257_and_refused_in_0_to_255():
     pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 2))
     pixels[..., 1] = 65535
-    with pytest.raises(ValueError, match="all in 0..255: store it in 8 bits"):
+    with pytest.raises(ValueError, match="store it in 8 bits"):
         decode(deep_png(pixels))
     assert (decode(deep_png(pixels * [257, 1])) == pixels[..., :1]).all()
 
