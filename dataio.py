@@ -255,13 +255,15 @@ def with_path_columns(table: pa.Table, path: Path) -> pa.Table:
 
 
 def check_contract(path: Path, schema: pa.Schema, asked: Columns) -> Columns:
-    """The three columns by their names in this file: where it lacks ours, HuggingFace's, and "" where pictures have no names.
+    """The three columns by their names in this file, which are ours in one that we wrote; else those asked, where it lacks ours
+    HuggingFace's, and "" where pictures have no names.
 
     Raises ValueError where there are none, or of types that cannot hold an identity, a name and an image.
     """
     with naming(path):
         table, t = with_path_columns(schema.empty_table().flatten(), path), pa.types  # a field of a struct is called struct.field
         schema = table.schema
+    asked = COLUMNS if METADATA_KEY in (schema.metadata or {}) else asked
     columns, there = replace(asked), set(schema.names)
     for key, theirs in vars(HUGGINGFACE).items() if HUGGINGFACE.image in there else ():
         if getattr(asked, key) == getattr(COLUMNS, key) not in there and theirs in there:
@@ -736,6 +738,8 @@ def find_rows(data: DataConfig, split: SplitConfig, side: str, shards: bool | No
     if any("split" in note for note in notes.values()):
         return find_shards_given(files, notes, side)
     splits = find_splits(data, split)
+    if not splits.identities[side]:
+        raise ValueError(f"{split.table}: nobody is on its {side} side; set split.validation_ratio and another split.out_dir")
     indices = {source: build_index(paths, splits.identities[side], data.columns) for source, paths in files.items()}
     folders = {source: Path(split.out_dir) / side / source for source in files}
     if shards is not False and all(folder.is_dir() for folder in folders.values()):
@@ -1181,7 +1185,7 @@ def read_entry(path: Path, name: str, size: int, place: int) -> bytes:
             return archive.fileobj.read(size)
         info = archive.infolist()[place]
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others are unpacked without a bound
-            raise ValueError("compressed by a method that is not read")
+            raise ValueError("neither stored nor deflated: pack the zip anew")
         with archive.open(info) as file:
             return file.read(size)
 
@@ -1212,7 +1216,7 @@ def list_pictures(paths: Sequence[Path]) -> tuple[pa.Table, dict[str, list[str]]
     all other entries, by reason. Raises ValueError where there is no picture.
     """
     names = ["source", "name", "size", "place", "mark", "identity", "file", "person", "picture"]
-    tables, left_out = [], {}
+    tables, left_out, homes = [], {}, defaultdict(set)  # the folders in which an identity's own lie
     for source, path in enumerate(paths):
         rows = []
         for name, size, place, mark in list_entries(path):
@@ -1222,11 +1226,15 @@ def list_pictures(paths: Sequence[Path]) -> tuple[pa.Table, dict[str, list[str]]
                 continue
             by_value = (re.sub(r"\d+", lambda number: number[0].zfill(20), part) for part in parts[-2:])
             rows.append((source, os.fsencode(name), size, place, mark, *parts[-2:], *by_value))
+            homes[parts[-2]].add((source, *parts[:-2]))
         if rows:
             tables.append(pa.table(list(map(pa.array, zip(*rows, strict=True))), names))
     if not tables:
         found = "; ".join(f"{why}: {entries[:3]}" for why, entries in left_out.items()) or "nothing"
         raise ValueError(f"{paths[0]}: no pictures laid out as <identity>/<file>, but {found}")
+    if several := [printable(identity) for identity, its in homes.items() if len(its) > 1]:
+        told = "%d identities, such as %s, have a folder in several places: each is taken to be one person"
+        log.warning(told, len(several), several[0])
     order = ("person", "identity", "picture", "file", "source", "place", "name")
     return pa.concat_tables(tables).sort_by([(name, "ascending") for name in order]).select(names[:7]), left_out
 
@@ -1411,7 +1419,7 @@ def read_bin(path: Path) -> tuple[list[bytes], list[bool]]:
 def read_pair_list(path: Path) -> list[tuple[int, tuple[str, str], tuple[str, str]]]:
     """LFW's list of pairs: the fold, and of both sides the person and the picture's name without suffix. Raises ValueError."""
     with naming(path):
-        (head, *lines) = [line.split() for line in path.read_text().splitlines() if line.strip()] or [[]]
+        (head, *lines) = [line.split() for line in path.read_text("utf-8-sig").splitlines() if line.strip()] or [[]]
     found = []
     try:
         folds, each = map(int, head if len(head) == 2 else ["1", *head])
@@ -1696,6 +1704,14 @@ def build_cache(stream: ParquetImageStream, part: Path, note_path: Path, shape: 
             bar.update(len(batch))
 
 
+def cache_file(stream: ParquetImageStream, folder: Path) -> Path:
+    return folder / f"{digest(DECODING, stream.index.fingerprint, stream.image_size, stream.max_pixels)}.u8"
+
+
+def missing_cache_bytes(streams: Iterable[ParquetImageStream], folder: Path) -> int:
+    return sum(len(stream) * 3 * stream.image_size**2 for stream in streams if not cache_file(stream, folder).exists())
+
+
 def open_cache(stream: ParquetImageStream, folder: Path, workers: int | None) -> np.memmap:
     """The decoded images of `stream` as a read-only map uint8 [N, S, S, 3], made if it is not there, checked by its checksums.
 
@@ -1704,9 +1720,9 @@ def open_cache(stream: ParquetImageStream, folder: Path, workers: int | None) ->
     """
     need_writable(folder)
     shape = (len(stream), stream.image_size, stream.image_size, 3)
-    name = f"{digest(DECODING, stream.index.fingerprint, stream.image_size, stream.max_pixels)}.u8"
-    final, part, note_path = folder / name, folder / f"{name}.part", folder / f"{name}.json"
-    with locked(folder / f".{name}.lock", wait=True):
+    final = cache_file(stream, folder)
+    part, note_path = (folder / f"{final.name}.{end}" for end in ("part", "json"))
+    with locked(folder / f".{final.name}.lock", wait=True):
         if not final.exists():
             build_cache(stream, part, note_path, shape, workers)
             os.replace(part, final)

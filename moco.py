@@ -1001,10 +1001,11 @@ def public_weights(encoder: FrozenEncoder) -> dict[str, Tensor]:
 
 def save_safetensors(encoder: FrozenEncoder, path: Path, note: dict[str, str]) -> None:
     """Write tensors and a note, from which `load_encoder` makes the same encoder."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     white = {} if encoder.mean is None else {"whitening.mean": encoder.mean, "whitening.matrix": encoder.matrix}
-    save_file(public_weights(encoder) | {name: value.cpu().contiguous() for name, value in white.items()}, path, metadata=note)
+    tensors = public_weights(encoder) | {name: value.cpu().contiguous() for name, value in white.items()}
+    path.write_bytes(save(tensors, metadata=note))  # what `save_file` writes nobody else may read
 
 
 class FromPixels(nn.Module):
@@ -1127,9 +1128,10 @@ def enrol(names: np.ndarray, keys: np.ndarray, per_id: int, seed: int, open_set_
     is_unknown = left_out[identity[order]]
     first, rest = order[in_gallery[order] & ~is_unknown], order[~in_gallery[order] & ~is_unknown]
     if not len(rest):
+        most = count[~left_out].max(initial=0)
         raise ValueError(
             f"enrol: no probes left: {per_id} images of each identity are enrolled and the largest of {(~left_out).sum()} "
-            f"enrolled identities has {count[~left_out].max(initial=0)}; lower eval.enroll_per_id or embed more images of each"
+            f"enrolled identities has {most}; {'lower eval.enroll_per_id or ' * int(most > 1)}embed more images of each"
         )
     distractors = int(((count <= per_id) & ~left_out).sum())
     return Enrolment(identity, first, rest, order[is_unknown], distractors)

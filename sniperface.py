@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,7 +168,7 @@ def check_together(cfg: Config, typed: Iterable[str]) -> None:
             raise ValueError(f"augment.{name}: low={op.low} must be <= high={op.high}, and > 0 for zoom and aspect")
     if cfg.train.probe_every_epochs and not cfg.split.validation_ratio:
         raise ValueError(f"train.probe_every_epochs={cfg.train.probe_every_epochs}: needs split.validation_ratio above 0")
-    if cfg.positives.name != "self" and cfg.data.cache == "none":
+    if cfg.positives.name != "self" and cfg.data.cache == "none" and cfg.command in ("train", "all", "check"):
         raise ValueError(f"positives={cfg.positives.name}: the linked pictures are taken from a cache; set data.cache=decoded")
     if cfg.eval.out and not cfg.eval.out.endswith(".json"):  # else x and x.json would share their pictures
         raise ValueError(f"eval.out={cfg.eval.out}: must end in .json; its pictures are named after it")
@@ -412,6 +413,12 @@ def in_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
+def note_of(rows: dataio.Rows) -> dict:
+    """What checkpoints tell of the data."""
+    marks = {source: dataio.mark_files(index) for source, index in rows.indices.items()}
+    return {"table": rows.tables[0], "shards": rows.shards, "files": marks}
+
+
 def find_start(cfg: Config, folder: Path) -> dict | None:
     """The checkpoint to go on from, None for a new run.
 
@@ -644,14 +651,15 @@ def pack(cfg: Config, *_: object) -> None:
     benchmark, given = cfg.pack.benchmark, [*filter(None, [cfg.pack.benchmark, *cfg.pack.source])]
     if bool(benchmark) == bool(cfg.pack.source):
         raise ValueError(f"command=pack takes pack.source=faces.zip or pack.benchmark=lfw.bin, one of them; given: {given}")
-    out = Path(cfg.pack.out or f"data/{short_name(given[0].replace('.tar.', '.'))}")
+    out = Path((cfg.pack.out or f"data/{short_name(given[0].replace('.tar.', '.'))}").removesuffix(".parquet"))
     if not benchmark:
         dataio.pack(cfg.pack.source, out, cfg.data)
         return
     if (cfg.pack.pairs is None) != (Path(benchmark).suffix == ".bin"):
         raise ValueError(f"pack.benchmark={benchmark}: folders and archives need their list, pack.pairs=pairs.txt; a .bin holds it")
     images, pairs = dataio.pack_benchmark(benchmark, cfg.pack.pairs, out, cfg.data)
-    log.info("%s, %s; measure by command=embed embed.test_glob=%s, then command=eval eval.pairs=%s", images, pairs, images, pairs)
+    told = "%s, %s; measure by command=embed embed.test_glob=%s, then command=eval with the same and eval.pairs=%s"
+    log.info(told, images, pairs, images, pairs)
 
 
 # ---- split ----
@@ -879,8 +887,8 @@ def stop_if_not_finite(run: Run) -> None:
     pictures = [{"file": str(file), "row": row} for file, row in run.mix.places(bad - 1)]
     write_text(path, json.dumps({"step": bad, "seed": run.cfg.seed, **run.meta, "pictures": pictures}, indent=1))
     raise FloatingPointError(
-        f"the loss or gradient of step {bad} is not finite; the last checkpoint is from before it, its pictures are in {path}. "
-        "The same command goes on from there and meets the step again; in a new run, lower train.lr or set train.amp=fp32"
+        f"the loss or gradient of step {bad} is not finite; its pictures are in {path}, checkpoints are from before it. "
+        "The same command goes on from the last one and meets the step again; in a new run, lower train.lr, or set train.amp=fp32"
     )
 
 
@@ -995,7 +1003,6 @@ def run_steps(run: Run, monitor: list[tuple[Tensor, Tensor]], last_step: int) ->
                 os.fsync(log_file.fileno())  # a checkpoint must not outlive the lines before it
                 told = f"loss={entry['loss']:.3f}, top1={entry['instance_top1']:.2f}, wait={entry['data_wait']:.0%}"
                 bar.set_postfix_str(told, refresh=False)
-                tell_signs(entry, run, told_signs)
             if epoch_ends and (epoch % cfg.train.save_every_epochs == 0 or stopping):
                 training.monitor["best"] = min(training.monitor["best"], training.monitor["last"])  # of the epochs that are saved
                 save_checkpoint(run, epoch)
@@ -1005,6 +1012,8 @@ def run_steps(run: Run, monitor: list[tuple[Tensor, Tensor]], last_step: int) ->
                 drawn_at = time.monotonic()
                 with not_vital("train.png"):
                     draw_training(run.folder)
+            if due_to_log:
+                tell_signs(entry, run, told_signs)
             if told_to_stop is not None:
                 log.warning("stopped at step %d, saved; the same command goes on from here", training.step)
                 raise SystemExit(128 + told_to_stop)
@@ -1047,10 +1056,12 @@ def look_ahead(cfg: Config) -> dict:
             f"{cfg.embed.test_glob}: {len(trained)} identities, such as {min(trained)!r}, are trained on; embed others"
         )
     for pairs in dataio.find_files(cfg.eval.pairs):
-        its = dataio.find_given_rows(str(of), cfg.data.columns) if (of := pictures_of(pairs)) and of.exists() else None
+        its = dataio.find_given_rows(str(of), cfg.data.columns) if (of := pictures_of(pairs)) else None
         dataio.read_pairs(pairs, *(dataio.read_names(its)[:2] if its else (names, files)))
     drawn = moco.enrol(names, keys, cfg.eval.enroll_per_id, cfg.eval.seed)
     gallery = len(np.unique(drawn.identity[drawn.enrolled]))
+    if gallery < 2:
+        raise ValueError("the gallery holds one identity, whom nobody can be mistaken for; embed others as well")
     return {"gallery": gallery, "distractors": drawn.distractors, "probes": len(drawn.probes)}
 
 
@@ -1066,6 +1077,11 @@ def note_start(run: Run, rows: dataio.Rows) -> None:
     write_text(folder / "train_log.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
+def checkpoint_bytes(model: moco.MoCo, cfg: Config) -> int:
+    """Of as many checkpoints as a run has at a time, each of some four times the weights."""
+    return (cfg.train.keep_last + 4) * 4 * sum(p.numel() * p.element_size() for p in model.query.parameters())
+
+
 def train(cfg: Config, folder: Path) -> float:
     """Train, or go on where the run stopped; returns minus the best value of the label-free monitor."""
     with run_lock(folder):
@@ -1078,8 +1094,7 @@ def train(cfg: Config, folder: Path) -> float:
         training = moco.Training(model, cfg.train, device)
         probe = find_probe(cfg, rows.tables) if cfg.train.probe_every_epochs else None
         if not saved:  # a run that goes on has most of them already
-            state_bytes = 4 * sum(p.numel() * p.element_size() for p in training.model.query.parameters())
-            dataio.need_space(folder, (cfg.train.keep_last + 4) * state_bytes, "a run's checkpoints")
+            dataio.need_space(folder, checkpoint_bytes(training.model, cfg), "a run's checkpoints")
             try:
                 look_ahead(cfg)
             except (ValueError, OSError) as error:
@@ -1090,8 +1105,7 @@ def train(cfg: Config, folder: Path) -> float:
         extended = saved["meta"].get("extended", []) if saved else []
         schedule = dataio.Schedule(cfg.curriculum, list(map(len, streams)), cfg.train.batch_size, cfg.train.epochs, extended)
         last_step = min(schedule.total_steps, cfg.train.max_steps or schedule.total_steps)
-        marks = {source: dataio.mark_files(index) for source, index in rows.indices.items()}
-        meta = {"table": rows.tables[0], "shards": rows.shards, "files": marks}
+        meta = note_of(rows)
         if saved:
             check_same_data(saved, meta, rows.tables, cfg, folder)
             training.load_state_dict(saved)
@@ -1196,7 +1210,7 @@ def try_steps(cfg: Config, rows: dataio.Rows, scratch: Path) -> dict:
     schedule = dataio.Schedule(cfg.curriculum, list(map(len, streams)), cfg.train.batch_size, cfg.train.epochs)
     training = moco.Training(start_model(cfg, rows.tables)[0], cfg.train, device)
     mix = dataio.mix_from_start(streams, schedule)
-    meta = {"table": rows.tables[0], "shards": rows.shards, "files": {}, "precision": str(training.precision)}
+    meta = note_of(rows) | {"precision": str(training.precision)}
     run, timer, begun = Run(cfg, scratch, training, mix, meta), Timer(), time.perf_counter()
     if cfg.train.compile:
         training.compile()
@@ -1216,7 +1230,8 @@ def try_steps(cfg: Config, rows: dataio.Rows, scratch: Path) -> dict:
     step = (1 - figures["data_wait"]) / figures["images_per_s"]  # with the copying, which it waits for, as if all data were there
     parts["computing"] = max(step - parts["copying"], 0.0)
     each = 1 / figures["images_per_s"] if cache == "none" else sum(parts[name] for name in parts.keys() - {*DONE_ONCE[cache]})
-    making = len(rows) * parts["decoding"] if cache != "none" else 0.0
+    missing = dataio.missing_cache_bytes(streams, Path(cfg.data.cache_dir))
+    making = missing / (3 * cfg.data.image_size**2) * parts["decoding"] if cache != "none" else 0.0
     begun, some = time.perf_counter(), dataio.to_float(images[:64])
     moco.with_mirrored(moco.lbp_histograms, flip=True)(some)
     searches = 0 if linked.name == "self" else math.ceil(cfg.train.epochs / linked.every_epochs)
@@ -1227,7 +1242,6 @@ def try_steps(cfg: Config, rows: dataio.Rows, scratch: Path) -> dict:
     if not all(torch.equal(value.cpu(), saved[name]) for name, value in training.model.state_dict().items()):
         raise ValueError(f"{scratch}: a checkpoint does not give back what was saved; use another disk")
     apart = compare_devices(cfg, device, run.views(images, "augment", 0)) if device.type != "cpu" else None
-    bytes_each = (scratch / "checkpoints" / "last.pt").stat().st_size
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "pairs_per_s": figures["images_per_s"], "data_wait": figures["data_wait"], "loss": loss,
@@ -1235,8 +1249,8 @@ def try_steps(cfg: Config, rows: dataio.Rows, scratch: Path) -> dict:
         "hours": round(hours, 4), "hours_for_the_cache": round(making / 3600, 4), "hours_for_links": round(linking / 3600, 4),
         "peak_process_gb": peak / 1e9,
         "peak_device_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
-        "checkpoints_gb": bytes_each * (cfg.train.keep_last + 4) / 1e9, "device_beside_cpu": apart,
-        "cache_gb": len(rows) * 3 * cfg.data.image_size**2 / 1e9,
+        "checkpoints_gb": checkpoint_bytes(training.model, cfg) / 1e9, "device_beside_cpu": apart,
+        "cache_gb": missing / 1e9,
     }  # fmt: skip
 
 
@@ -1246,6 +1260,10 @@ def check(cfg: Config, folder: Path, typed: set[str]) -> None:
     Leaves nothing else behind.
     """
     page, refused = {}, []
+    places = {"checkpoints": folder, "split": Path(cfg.split.out_dir)}
+    if cfg.data.cache != "none":
+        places["cache"] = Path(cfg.data.cache_dir)
+    places = {what: next(p for p in (place, *place.absolute().parents) if p.exists()) for what, place in places.items()}
 
     def attempt(name: str, part: Callable) -> object:
         try:
@@ -1254,27 +1272,29 @@ def check(cfg: Config, folder: Path, typed: set[str]) -> None:
             refused.append(f"{name}: {error}")
             return None
 
-    attempt("run", lambda: find_start(cfg, folder))
-    for place in (cfg.split.out_dir, *[cfg.data.cache_dir] * (cfg.data.cache != "none")):
-        attempt(
-            "disk",
-            lambda place=Path(place): dataio.need_writable(next(p for p in (place, *place.absolute().parents) if p.exists())),
-        )
+    saved = attempt("run", lambda: find_start(cfg, folder))
+    for place in places.values():
+        attempt("disk", lambda place=place: dataio.need_writable(place))
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         if not cfg.split.table.exists():
             cfg = dataclasses.replace(cfg, split=dataclasses.replace(cfg.split, out_dir=scratch))
         for side in ("train", "test", *["val"] * (cfg.split.validation_ratio > 0)):
-            rows = attempt(f"rows of {side}", lambda side=side: dataio.find_rows(cfg.data, cfg.split, side))
+            shards = saved["meta"]["shards"] if saved and side == "train" else None
+            rows = attempt(f"rows of {side}", lambda side=side, shards=shards: dataio.find_rows(cfg.data, cfg.split, side, shards))
             page[side] = rows and attempt(side, lambda rows=rows: describe_side(rows, cfg))
             if rows and side == "train":
+                if saved:
+                    attempt("run", lambda rows=rows: check_same_data(saved, note_of(rows), rows.tables, cfg, folder))
                 page["steps"] = attempt("steps", lambda rows=rows: try_steps(cfg, rows, Path(scratch)))
                 if cfg.train.probe_every_epochs:
                     attempt("train.probe_every_epochs", lambda rows=rows: find_probe(cfg, rows.tables))
         page["eval"] = attempt("eval", lambda: look_ahead(cfg))
     page["free_disk_gb"] = shutil.disk_usage(folder).free / 1e9
-    need = page["steps"]["checkpoints_gb"] + page["steps"]["cache_gb"] * (cfg.data.cache != "none") if page.get("steps") else 0
-    if need > page["free_disk_gb"]:
-        refused.append(f"{folder}: checkpoints and cache need {need:.1f} GB, {page['free_disk_gb']:.1f} GB are free; make room")
+    needs = Counter()  # by disk
+    for what in places.keys() - {"split", "checkpoints" * bool(saved)} if page.get("steps") else ():
+        needs[places[what].stat().st_dev] += round(1e9 * page["steps"][f"{what}_gb"])
+    for place in places.values():
+        attempt("disk", lambda place=place: dataio.need_space(place, needs.pop(place.stat().st_dev, 0), "what the run writes"))
     page["refused"] = refused
     write_text(folder / "check.json", json.dumps(page, indent=1))
     if {path.name for path in folder.iterdir()} <= {"check.json", "log.txt", ".hydra"}:  # no run: take away what Hydra made
@@ -1294,8 +1314,9 @@ REFERENCES = ("untrained", "lbp", "pca")
 def sample_images(sources: list[dataio.Passes], cfg: Config, count: int) -> Iterator[Tensor]:
     """At most `count` train pictures as uint8 [B, 3, S, S], of each source its share."""
     rows = list(map(len, sources))
-    schedule = dataio.Schedule(None, rows, min(256, sum(rows)), 1)
-    steps = min(schedule.steps_per_epoch, -(-count // schedule.batch_size))
+    count = min(count, sum(rows))
+    steps = -(-count // 256)
+    schedule = dataio.Schedule(None, rows, count // steps, 1)  # of one size, and few pictures are left over
     where = sources[0].images.device if sources[0].on_device else "cpu"
     return dataio.mix_from_start(sources, schedule).batches(0, steps, where, cfg.data.workers)
 
@@ -1569,21 +1590,24 @@ def card_training(path: Path, cfg: Config, made: dict) -> str:
     return f"{told}.\n\n```yaml\n{OmegaConf.to_yaml(OmegaConf.create(shown)).strip()}\n```"
 
 
+def told_aligned(note: dict) -> str:
+    return ", pictures aligned" * bool(note.get("aligned"))
+
+
 def card_figures(folder: Path, made: dict) -> str:
     """Figures of a run that were measured with this very encoder, mirrored and whitened alike, as a table with intervals."""
     lines = ["| measured on | figure | value | 95 % interval |", "|---|---|---|---|"]
     for path in sorted(folder.glob("metrics*.json")):
-        metrics = json.loads(path.read_text())
+        metrics = read_metrics(path)
         if made.items() <= metrics["made_from"].items():
-            what = f"{Path(metrics['embeddings']).stem}, {metrics['gallery']} people"
-            what += ", pictures aligned" * bool(metrics["made_from"].get("aligned"))
+            what = "{stem}, {gallery} people enrolled with {enroll_per_id} pictures, template {template}{aligned}"
+            about = metrics | {"stem": Path(metrics["embeddings"]).stem, "aligned": told_aligned(metrics["made_from"])}
             for name in (name for name in metrics if f"{name}_ci" in metrics):
                 low, high = metrics[f"{name}_ci"]
-                lines.append(f"| {what} | {name} | {metrics[name]:z.4f} | {low:z.4f} to {high:z.4f} |")
+                lines.append(f"| {what.format_map(about)} | {name} | {metrics[name]:z.4f} | {low:z.4f} to {high:z.4f} |")
             for name, pairs in metrics["pair_protocol"].items():
-                lines.append(
-                    f"| pairs of {name} | accuracy | {pairs['accuracy']:.4f} | +- {pairs['standard_error']:.4f} (standard error) |"
-                )
+                value = f"{pairs['accuracy']:.4f} | +- {pairs['standard_error']:.4f} (standard error)"
+                lines.append(f"| pairs of {name}{told_aligned(pairs)} | accuracy | {value} |")
     return "\n".join(lines) if len(lines) > 2 else "None were measured with this encoder (`command=eval` does it)."
 
 
@@ -1715,7 +1739,7 @@ def measure_benchmarks(path: Path, cfg: Config, folder: Path) -> dict[str, dict[
             ours = dataio.read_metadata(path) | {"data": [dataio.build_index(str(pictures), None, cfg.data.columns).fingerprint]}
             if any(data.note.get(key) != ours.get(key) for key in ("checkpoint", "flip", "whitened", "data")):
                 raise ValueError(f"{vectors}: not of these pictures by the encoder of {path}; write it again by {cure}")
-        found["trained"][name] = measure_pairs(pairs, data, cfg.eval.fars)
+        found["trained"][name] = measure_pairs(pairs, data, cfg.eval.fars) | {"aligned": data.note.get("aligned")}
         for encoder in REFERENCES:
             if reference := read_reference(vectors, encoder, data):
                 found.setdefault(encoder, {})[name] = measure_pairs(pairs, reference, cfg.eval.fars)
@@ -1733,7 +1757,7 @@ def pairs_table(metrics: dict, encoders: Iterable[str]) -> list[str]:
         cells = ["{accuracy:.4f} +- {standard_error:.4f}".format_map(figures) if figures else "" for figures in found]
         fars = sorted(float(figure[4:]) for figure in ours if figure.startswith("tar@"))[:1]
         cells += [f"{ours['chance']:.3f}", *(f"{ours[f'tar@{far:g}']:.3f} at FAR {far:g}" for far in fars)]
-        rows[f"{name}, {ours['pairs']}"] = cells
+        rows[f"{name}, {ours['pairs']}{told_aligned(ours)}"] = cells
     if len(protocols) > 1:
         means = ([its[name]["accuracy"] for name in protocols if name in its] for its in by_encoder.values())
         rows["mean"] = [f"{np.mean(each):.4f}" if len(each) == len(protocols) else "" for each in means]
@@ -1814,12 +1838,21 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
     pairs = measure_benchmarks(path, cfg, folder)
     device, data = moco.pick_device(cfg.device), read_vectors(path)
     asked = check_provenance(path, data, cfg, folder)
-    metrics, ours = moco.evaluate(data, cfg.eval, device)
-    metrics |= {
-        "identities_asked": asked, "embeddings": str(path), "made_from": data.note, "leaks": count_leaks(data, ours.drawn),
-        "pair_protocol": pairs["trained"],
-    }  # fmt: skip
-    metrics["pairs_mean"] = float(np.mean([one["accuracy"] for one in pairs["trained"].values()])) if pairs["trained"] else None
+    about = {"identities_asked": asked, "embeddings": str(path), "made_from": data.note, "pair_protocol": pairs["trained"]}
+    about["pairs_mean"] = float(np.mean([one["accuracy"] for one in pairs["trained"].values()])) if pairs["trained"] else None
+    try:
+        metrics, ours = moco.evaluate(data, cfg.eval, device)
+    except ValueError as error:  # in a benchmark of pairs nobody need have enough pictures
+        if not pairs["trained"]:
+            raise
+        log.warning("pairs alone are measured: %s", error)
+        metrics = about | {name: {"pair_protocol": its} for name, its in pairs.items() if name != "trained"}
+        for name in {*files} - {"metrics", "alignment"}:  # of an earlier evaluation
+            files[name].unlink(missing_ok=True)
+        write_text(files["metrics"], json.dumps(metrics, indent=1))
+        log.info("%s", "\n".join(line.rstrip() for line in pairs_table(metrics, pairs)))
+        return metrics
+    metrics |= about | {"leaks": count_leaks(data, ours.drawn)}
     if metrics["gallery"] <= max(cfg.eval.top_k):
         log.warning("only %d identities are enrolled: Rank-%d is always 1", metrics["gallery"], max(cfg.eval.top_k))
     measured, leads = {"trained": ours}, {}
@@ -1851,13 +1884,18 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
 # ---- report: several runs side by side ----
 
 
+def read_metrics(file: Path) -> dict:
+    with dataio.naming(file, cure="run command=eval again"):
+        return json.loads(file.read_text())
+
+
 def difference_to(first: Path, run: Path, cfg: Config) -> dict[str, float | None]:
     """Rank-1 of a run minus that of the first, with its interval; empty values where it was not measured on the same probes."""
     names = ("rank1_change", "rank1_change_low", "rank1_change_high")
-    files = [files_of_evaluation(cfg, path)["ranks"] for path in (first, run)]
-    if not all(file.exists() for file in files):
+    files = [files_of_evaluation(cfg, path) for path in (first, run)]
+    if not all(its[name].exists() for its in files for name in ("metrics", "ranks")):
         return dict.fromkeys(names)
-    base, ours = (pq.read_table(file).sort_by([("identity_id", "ascending"), ("picture", "ascending")]) for file in files)
+    base, ours = (pq.read_table(its["ranks"]).sort_by([("identity_id", "ascending"), ("picture", "ascending")]) for its in files)
     if not base.select(["identity_id", "picture"]).equals(ours.select(["identity_id", "picture"])):
         return dict.fromkeys(names)
     hits = [table["rank"].to_numpy() == 1 for table in (ours, base)]
@@ -1867,7 +1905,8 @@ def difference_to(first: Path, run: Path, cfg: Config) -> dict[str, float | None
 
 def settings_file(run: Path) -> Path | None:
     """The settings that a run was trained with, else those that it was asked for and failed on; None for a folder of no run."""
-    asked = sorted(run.glob(".hydra/*/config.yaml"), key=lambda path: path.stat().st_mtime_ns)
+    asked = (path for path in run.glob(".hydra/*/config.yaml") if path.parent.name in ("train", "all", "eval"))
+    asked = sorted(asked, key=lambda path: path.stat().st_mtime_ns)
     return run / "config.yaml" if (run / "config.yaml").exists() else asked[-1] if asked else None
 
 
@@ -1880,7 +1919,7 @@ def report(cfg: Config | DictConfig, pattern: str) -> None:
         raise FileNotFoundError(f"report.runs={pattern}: no run there (a folder with config.yaml)")
     runs, settings = list(found), [flat(read_saved_settings(path)) for path in found.values()]
     files = (files_of_evaluation(cfg, run)["metrics"] for run in runs)
-    metrics = [json.loads(file.read_text()) if file.exists() else {} for file in files]
+    metrics = [read_metrics(file) if file.exists() else {} for file in files]
     for setting, figures in zip(settings, metrics, strict=True):
         made = figures.get("made_from", {})
         setting |= {key: value for key, value in DEFAULTS.items() if key not in setting and key.startswith(("moco.", "train."))}

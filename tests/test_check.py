@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -135,6 +137,19 @@ def test_what_would_stop_a_run_at_its_end_is_told_at_its_start(data, tmp_path, c
     sniperface.train(job(tmp_path, data, "train.max_steps=1"), tmp_path / "run")
     assert "are trained on" in refusal(checked(data, tmp_path, trained_on))
     assert "holds another run" in refusal(checked(data, tmp_path, "moco.margin=0.3"))
+    assert "was started with data.cache=none" in refusal(checked(data, tmp_path, "data.cache=decoded"))
+    fewer = spoilt(data, tmp_path, lambda rows: rows[:-1])
+    assert "the data is not what the run was started on" in refusal(checked(fewer, tmp_path))
+    write_rows(tmp_path / "one.parquet", [row | {"identity_id": "somebody"} for row in rows_of(data, "digiface1m_000")[:4]])
+    assert "the gallery holds one identity" in refusal(checked(data, tmp_path, quoted("embed.test_glob", tmp_path / "one.parquet")))
+    (tmp_path / "lonely_pairs.parquet").write_bytes((tmp_path / "one.parquet").read_bytes())
+    told = refusal(checked(data, tmp_path, quoted("eval.pairs", tmp_path / "lonely_pairs.parquet")))
+    assert "lonely.parquet" in told
+
+
+def test_a_full_disk_is_told(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    assert "what the run writes needs" in refusal(checked(data, tmp_path))
 
 
 def test_a_sample_of_broken_pictures_is_refused(data, tmp_path):

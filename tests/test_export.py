@@ -45,6 +45,8 @@ def test_embed_the_files_and_the_notebook_give_the_same_vectors(trained, unbroke
     for count in (1, 3, len(pictures)):
         found = session.run(["vectors"], {"pictures": pictures[:count]})[0]
         assert np.abs(found - vectors.vectors[:count]).max() < 1e-4
+    modes = {path.stat().st_mode for path in (trained / "export").glob("encoder.*")}
+    assert len(modes) == 1  # whoever may read one may read all
     note = json.loads((trained / "export" / "encoder.json").read_text())
     assert note["flip"] == flip
     assert note["whitened"]
@@ -90,7 +92,8 @@ def test_an_unfinished_run_is_exported_as_embedded_and_the_card_holds_no_figures
     encode = moco.load_encoder(folder / "export" / "encoder.safetensors")
     assert vectors.note["whitened"]
     assert np.abs(encode(pictures_of(vectors, people)).numpy() - vectors.vectors).max() < 1e-5
-    assert "| rank1 |" in (folder / "export" / "README.md").read_text()
+    what = f"test_embeddings, {len(set(vectors.names))} people enrolled with {asked.eval.enroll_per_id} pictures, template centroid"
+    assert f"| {what} | rank1 |" in (folder / "export" / "README.md").read_text()
     with safetensors.safe_open(folder / "export" / "encoder.safetensors", "pt") as file:
         tensors, note = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     tensors["whitening.projection"] = tensors.pop("whitening.matrix")  # of an older kind

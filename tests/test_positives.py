@@ -1,6 +1,7 @@
 """Whitened vectors, LBP, and positives beyond the same picture."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -267,6 +268,25 @@ def test_descriptors_are_fitted_to_a_sample_whatever_the_parts(parts, monkeypatc
     training.renew_links(lambda: views.split(parts), len(views), cfg.positives)
     expected = views[[0, 400, 800]]
     assert torch.equal(fitted[0], (expected + expected.flip(3)).flatten(1))
+
+
+@pytest.mark.parametrize(("rows", "count", "sizes"), [([300, 211], 1000, [255] * 2), ([65], 40, [40]), ([9, 700], 512, [256] * 2)])
+def test_a_sample_of_the_train_pictures_leaves_hardly_one_out(rows, count, sizes, monkeypatch):
+    class Source(list):
+        on_device = False
+
+    def batches(first, last, *_):
+        return [schedule.batch_size] * (last - first)
+
+    def mixed(_, given):
+        nonlocal schedule
+        schedule = given
+        return SimpleNamespace(batches=batches)
+
+    schedule = None
+    monkeypatch.setattr(dataio, "mix_from_start", mixed)
+    assert sniperface.sample_images([Source(range(n)) for n in rows], settings(), count) == sizes
+    assert schedule.steps_per_epoch >= len(sizes)
 
 
 def test_links_are_judged_by_how_often_the_same_cosine_joins_one_person():

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import yaml
-from runs import in_shell, one_source, quoted
+from runs import in_shell, one_source, quoted, refusal
 from runs import settings as settings_of
 
 import sniperface
@@ -68,6 +68,7 @@ def test_equal_numbers_are_one_value_and_the_first_run_that_was_measured_is_what
     settings["moco"]["margin"], settings["embed"]["out"], settings["train"]["weight_decay"] = 1, "x/${embed.split}.parquet", 5e-4
     settings["data"]["digiface_glob"] = "${program:x}"
     (failed / "config.yaml").write_text(yaml.safe_dump(settings))
+    shutil.copytree(failed, tmp_path / "runs" / "none" / ".hydra" / "report")  # a folder in which no run was asked for
     other = yaml.safe_load((trained / "config.yaml").read_text())
     other["moco"]["margin"] = 1.0
     (tmp_path / "runs" / "c" / "config.yaml").write_text(yaml.safe_dump(other))
@@ -78,6 +79,8 @@ def test_equal_numbers_are_one_value_and_the_first_run_that_was_measured_is_what
     table = sweep_of(tmp_path / "runs")
     assert [row["moco.margin"] for row in table] == ["1", "0.1", "1"]
     assert [row["rank1_change"] for row in table] == ["", "0.0", "0.0"]
+    (tmp_path / "runs" / "c" / "metrics.json").write_text('{"rank1": 0.5')
+    assert "c/metrics.json" in refusal(lambda: sniperface.report(settings_of(), f"{tmp_path}/runs/*"))
     assert not [key for key in table[0] if "." in key and key != "moco.margin"]
 
 

@@ -41,6 +41,7 @@ ROWS = {  # name -> overrides; further ones by `--rows "name: overrides"`
     "train.lr_schedule=cosine",
 }
 UNTRAINED = (*sniperface.REFERENCES, "pixels")
+MONITORS = {"trained": "monitor_loss", "untrained": "monitor_untrained"}  # their names in the log
 FILE = Path(__file__).with_name("recipe.json")
 PAIRS, GENUINE_A_PERSON, FOLDS, FAR = 6000, 15, 10, 1e-2
 
@@ -124,7 +125,7 @@ def run_row(name: str, overrides: str, seed: int, args: argparse.Namespace) -> t
         rows.append({
             "row": name if encoder == "trained" else encoder, "seed": seed, "side": args.side, "overrides": overrides,
             "seen": log["step"] * int(sniperface.read_saved_settings(folder / "config.yaml")["train"]["batch_size"]),
-            "minutes": round(log["seconds"] / 60, 1), "rank1": rank1, "monitor": log.get("monitor_loss"),
+            "minutes": round(log["seconds"] / 60, 1), "rank1": rank1, "monitor": log.get(MONITORS.get(encoder)),
             **measure(vectors, pairs),
         })  # fmt: skip
     return rows, people.tolist()
@@ -144,6 +145,11 @@ def difference(ours: np.ndarray, base: np.ndarray, people: np.ndarray) -> str:
     drawn = [np.where(kind, weight[:, a] * np.where(a == b, 1, weight[:, b]), 0) for kind in kinds]
     low, high = np.quantile(np.mean([w @ each / w.sum(axis=1) for w in drawn], axis=0), (0.025, 0.975))
     return f"{100 * each.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def rank_correlation(a: list[float], b: list[float]) -> float:
+    """Spearman's, of columns without ties."""
+    return float(np.corrcoef(np.argsort(np.argsort(a)), np.argsort(np.argsort(b)))[0, 1])
 
 
 def read_rows() -> tuple[list[dict], dict[str, list[list[int]]]]:
@@ -207,6 +213,11 @@ def main() -> None:
             f"{value:.1f}" * (key != f"tar@{FAR:g}" or all("strangers" in row for row in its)) for key, value in mean.items()
         )
         print(f"| {name} | {len(its)} | {seen:,} | {figures} | {' | '.join(beside)} |")
+    watched = [row for row in rows if row["monitor"] is not None]
+    if len(watched) > 2:
+        monitor = [-row["monitor"] for row in watched]
+        found = (f"{key} {rank_correlation(monitor, [row[key] for row in watched]):.2f}" for key in ("accuracy", "rank1"))
+        print(f"\nSpearman's correlation of minus the monitor, over {len(watched)} encoders: {', '.join(found)}")
 
 
 if __name__ == "__main__":
