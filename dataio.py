@@ -1705,10 +1705,12 @@ def build_cache(stream: ParquetImageStream, part: Path, note_path: Path, shape: 
 
 
 def cache_file(stream: ParquetImageStream, folder: Path) -> Path:
+    """The decoded images of `stream`, named by what they are made from."""
     return folder / f"{digest(DECODING, stream.index.fingerprint, stream.image_size, stream.max_pixels)}.u8"
 
 
 def missing_cache_bytes(streams: Iterable[ParquetImageStream], folder: Path) -> int:
+    """What caches of these streams would still add to the disk."""
     return sum(len(stream) * 3 * stream.image_size**2 for stream in streams if not cache_file(stream, folder).exists())
 
 

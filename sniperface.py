@@ -1591,6 +1591,7 @@ def card_training(path: Path, cfg: Config, made: dict) -> str:
 
 
 def told_aligned(note: dict) -> str:
+    """What a label adds where the pictures were moved."""
     return ", pictures aligned" * bool(note.get("aligned"))
 
 
@@ -1885,6 +1886,7 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
 
 
 def read_metrics(file: Path) -> dict:
+    """What `evaluate` wrote. Raises ValueError for a damaged file."""
     with dataio.naming(file, cure="run command=eval again"):
         return json.loads(file.read_text())
 

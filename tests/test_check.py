@@ -137,6 +137,7 @@ def test_what_would_stop_a_run_at_its_end_is_told_at_its_start(data, tmp_path, c
     sniperface.train(job(tmp_path, data, "train.max_steps=1"), tmp_path / "run")
     assert "are trained on" in refusal(checked(data, tmp_path, trained_on))
     assert "holds another run" in refusal(checked(data, tmp_path, "moco.margin=0.3"))
+    checked(data, tmp_path)()  # what was asked at first would go on
     assert "was started with data.cache=none" in refusal(checked(data, tmp_path, "data.cache=decoded"))
     fewer = spoilt(data, tmp_path, lambda rows: rows[:-1])
     assert "the data is not what the run was started on" in refusal(checked(fewer, tmp_path))

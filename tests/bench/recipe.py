@@ -35,10 +35,13 @@ ROWS = {  # name -> overrides; further ones by `--rows "name: overrides"`
     "self": "experiment=small positives=self",
     "no light": "experiment=small augment.light.p=0",
     "T 0.07": "experiment=small moco.temperature=0.07",
-    "cosine": "experiment=small train.lr_schedule=cosine",
-    "cosine, long": "experiment=small train.lr_schedule=cosine train.epochs=50",
+    "T 0.1, short": "experiment=small train.epochs=4 moco.temperature=0.1",
+    "rate 0.1, short": "experiment=small train.epochs=4 train.lr=0.1",
+    "keys 0.99": "experiment=small moco.key_momentum=0.99",
+    "cosine": "experiment=small train.lr_schedule=cosine moco.key_momentum=0.99",
+    "cosine, long": "experiment=small train.lr_schedule=cosine train.epochs=50 moco.key_momentum=0.99",
     "batch 256, long": "experiment=small train.batch_size=256 train.lr=0.3 moco.shuffle_groups=8 train.epochs=50 "
-    "train.lr_schedule=cosine",
+    "train.lr_schedule=cosine moco.key_momentum=0.99",
 }
 UNTRAINED = (*sniperface.REFERENCES, "pixels")
 MONITORS = {"trained": "monitor_loss", "untrained": "monitor_untrained"}  # their names in the log
