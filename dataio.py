@@ -134,10 +134,14 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
         yield
 
 
+def nearest_folder(folder: Path) -> Path:
+    """`folder`, or, where it does not exist yet, the one above in which it would be made."""
+    return next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+
+
 def need_space(folder: Path, need_bytes: int, what: str) -> None:
     """Raise OSError unless the disk of `folder`, which may not exist yet, has room for `need_bytes`."""
-    existing = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(nearest_folder(folder)).free
     if free < need_bytes:
         has = f"needs {need_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free"
         raise OSError(f"{folder}: {what} {has}; make room or choose another folder")
@@ -255,7 +259,7 @@ def with_path_columns(table: pa.Table, path: Path) -> pa.Table:
 
 
 def check_contract(path: Path, schema: pa.Schema, asked: Columns) -> Columns:
-    """The three columns by their names in this file, which are ours in one that we wrote; else those asked, where it lacks ours
+    """The three columns by their names in this file: where one that we wrote lacks those asked, ours; where it lacks ours,
     HuggingFace's, and "" where pictures have no names.
 
     Raises ValueError where there are none, or of types that cannot hold an identity, a name and an image.
@@ -263,8 +267,10 @@ def check_contract(path: Path, schema: pa.Schema, asked: Columns) -> Columns:
     with naming(path):
         table, t = with_path_columns(schema.empty_table().flatten(), path), pa.types  # a field of a struct is called struct.field
         schema = table.schema
-    asked = COLUMNS if METADATA_KEY in (schema.metadata or {}) else asked
     columns, there = replace(asked), set(schema.names)
+    for key, ours in vars(COLUMNS).items() if METADATA_KEY in (schema.metadata or {}) else ():
+        if getattr(asked, key) not in there:
+            setattr(columns, key, ours)
     for key, theirs in vars(HUGGINGFACE).items() if HUGGINGFACE.image in there else ():
         if getattr(asked, key) == getattr(COLUMNS, key) not in there and theirs in there:
             setattr(columns, key, theirs)
@@ -739,7 +745,7 @@ def find_rows(data: DataConfig, split: SplitConfig, side: str, shards: bool | No
         return find_shards_given(files, notes, side)
     splits = find_splits(data, split)
     if not splits.identities[side]:
-        raise ValueError(f"{split.table}: nobody is on its {side} side; set split.validation_ratio and another split.out_dir")
+        raise ValueError(f"{split.table}: nobody is on its {side} side; raise split.validation_ratio and set another split.out_dir")
     indices = {source: build_index(paths, splits.identities[side], data.columns) for source, paths in files.items()}
     folders = {source: Path(split.out_dir) / side / source for source in files}
     if shards is not False and all(folder.is_dir() for folder in folders.values()):
@@ -1710,8 +1716,10 @@ def cache_file(stream: ParquetImageStream, folder: Path) -> Path:
 
 
 def missing_cache_bytes(streams: Iterable[ParquetImageStream], folder: Path) -> int:
-    """What caches of these streams would still add to the disk."""
-    return sum(len(stream) * 3 * stream.image_size**2 for stream in streams if not cache_file(stream, folder).exists())
+    """What caches of these streams would still add to the disk; one that is begun has its room."""
+    files = ((stream, cache_file(stream, folder)) for stream in streams)
+    missing = (stream for stream, file in files if not file.exists() and not file.with_name(f"{file.name}.part").exists())
+    return sum(len(stream) * 3 * stream.image_size**2 for stream in missing)
 
 
 def open_cache(stream: ParquetImageStream, folder: Path, workers: int | None) -> np.memmap:

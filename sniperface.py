@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -1047,6 +1047,11 @@ def pictures_of(pairs: Path) -> Path | None:
     return pairs.with_name(pairs.name.replace("_pairs.parquet", ".parquet")) if pairs.name.endswith("_pairs.parquet") else None
 
 
+def nobody_twice(names: np.ndarray) -> bool:
+    """Whether nobody of these can be looked up, as in a benchmark of pairs whose people are not known: it is measured without."""
+    return len(np.unique(names)) == len(names)
+
+
 def look_ahead(cfg: Config) -> dict:
     """Who eval would enrol and look up. Raises ValueError or OSError for what embed and eval would refuse of those pictures."""
     names, files, keys = dataio.read_names(embedded_rows(cfg, None if cfg.embed.test_glob else cfg.embed.split))
@@ -1058,6 +1063,8 @@ def look_ahead(cfg: Config) -> dict:
     for pairs in dataio.find_files(cfg.eval.pairs):
         its = dataio.find_given_rows(str(of), cfg.data.columns) if (of := pictures_of(pairs)) else None
         dataio.read_pairs(pairs, *(dataio.read_names(its)[:2] if its else (names, files)))
+    if cfg.eval.pairs and nobody_twice(names):
+        return {"pairs": len(cfg.eval.pairs)}
     drawn = moco.enrol(names, keys, cfg.eval.enroll_per_id, cfg.eval.seed)
     gallery = len(np.unique(drawn.identity[drawn.enrolled]))
     if gallery < 2:
@@ -1078,8 +1085,9 @@ def note_start(run: Run, rows: dataio.Rows) -> None:
 
 
 def checkpoint_bytes(model: moco.MoCo, cfg: Config) -> int:
-    """Of as many checkpoints as a run has at a time, each of some four times the weights."""
-    return (cfg.train.keep_last + 4) * 4 * sum(p.numel() * p.element_size() for p in model.query.parameters())
+    """Of as many checkpoints as a run has at a time: both encoders, the queue, the optimiser's momentum."""
+    each = (*model.state_dict().values(), *model.query.parameters())
+    return (cfg.train.keep_last + 4) * sum(tensor.numel() * tensor.element_size() for tensor in each)
 
 
 def train(cfg: Config, folder: Path) -> float:
@@ -1259,42 +1267,42 @@ def check(cfg: Config, folder: Path, typed: set[str]) -> None:
 
     Leaves nothing else behind.
     """
-    page, refused = {}, []
-    places = {"checkpoints": folder, "split": Path(cfg.split.out_dir)}
-    if cfg.data.cache != "none":
-        places["cache"] = Path(cfg.data.cache_dir)
-    places = {what: next(p for p in (place, *place.absolute().parents) if p.exists()) for what, place in places.items()}
+    page, refused, places = {}, [], {}  # the folders that the run would write to, or the nearest ones that are there
 
-    def attempt(name: str, part: Callable) -> object:
+    def attempt(name: str, part: Callable, *arguments: object) -> object:
         try:
-            return part()
+            return part(*arguments)
         except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError) as error:  # torch raises RuntimeError
             refused.append(f"{name}: {error}")
             return None
 
-    saved = attempt("run", lambda: find_start(cfg, folder))
-    for place in places.values():
-        attempt("disk", lambda place=place: dataio.need_writable(place))
+    saved = attempt("run", find_start, cfg, folder)
+    saved = saved and {"meta": saved["meta"], "config": saved["config"]}  # a checkpoint is some four times the weights
+    for what, place in (("checkpoints", folder), ("split", cfg.split.out_dir), ("cache", cfg.data.cache_dir)):
+        if what != "cache" or cfg.data.cache != "none":
+            places[what] = attempt("disk", dataio.nearest_folder, Path(place))
+            places[what] and attempt("disk", dataio.need_writable, places[what])
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         if not cfg.split.table.exists():
             cfg = dataclasses.replace(cfg, split=dataclasses.replace(cfg.split, out_dir=scratch))
         for side in ("train", "test", *["val"] * (cfg.split.validation_ratio > 0)):
             shards = saved["meta"]["shards"] if saved and side == "train" else None
-            rows = attempt(f"rows of {side}", lambda side=side, shards=shards: dataio.find_rows(cfg.data, cfg.split, side, shards))
-            page[side] = rows and attempt(side, lambda rows=rows: describe_side(rows, cfg))
+            rows = attempt(f"rows of {side}", dataio.find_rows, cfg.data, cfg.split, side, shards)
+            page[side] = rows and attempt(side, describe_side, rows, cfg)
             if rows and side == "train":
                 if saved:
-                    attempt("run", lambda rows=rows: check_same_data(saved, note_of(rows), rows.tables, cfg, folder))
-                page["steps"] = attempt("steps", lambda rows=rows: try_steps(cfg, rows, Path(scratch)))
+                    attempt("run", check_same_data, saved, note_of(rows), rows.tables, cfg, folder)
+                page["steps"] = attempt("steps", try_steps, cfg, rows, Path(scratch))
                 if cfg.train.probe_every_epochs:
-                    attempt("train.probe_every_epochs", lambda rows=rows: find_probe(cfg, rows.tables))
-        page["eval"] = attempt("eval", lambda: look_ahead(cfg))
-    page["free_disk_gb"] = shutil.disk_usage(folder).free / 1e9
-    needs = Counter()  # by disk
-    for what in places.keys() - {"split", "checkpoints" * bool(saved)} if page.get("steps") else ():
-        needs[places[what].stat().st_dev] += round(1e9 * page["steps"][f"{what}_gb"])
-    for place in places.values():
-        attempt("disk", lambda place=place: dataio.need_space(place, needs.pop(place.stat().st_dev, 0), "what the run writes"))
+                    attempt("train.probe_every_epochs", find_probe, cfg, rows.tables)
+        page["eval"] = attempt("eval", look_ahead, cfg)
+    page["free_disk_gb"], needs = shutil.disk_usage(folder).free / 1e9, defaultdict(dict)  # by disk
+    for what in ("checkpoints", "cache") if page.get("steps") else ():
+        if places.get(what) and not (saved and what == "checkpoints"):  # a run that goes on has most of them already
+            needs[places[what].stat().st_dev][what] = page["steps"][f"{what}_gb"]
+    for its in needs.values():
+        told = " and ".join(f"{what} ({gb:.3f} GB)" for what, gb in its.items())
+        attempt("disk", dataio.need_space, places[min(its)], round(1e9 * sum(its.values())), told)
     page["refused"] = refused
     write_text(folder / "check.json", json.dumps(page, indent=1))
     if {path.name for path in folder.iterdir()} <= {"check.json", "log.txt", ".hydra"}:  # no run: take away what Hydra made
@@ -1676,10 +1684,10 @@ def check_provenance(path: Path, data: dataio.VectorTable, cfg: Config, folder: 
     return len(asked)
 
 
-def count_leaks(data: dataio.VectorTable, drawn: moco.Enrolment) -> dict[str, int | None]:
+def count_leaks(data: dataio.VectorTable, drawn: moco.Enrolment | None) -> dict[str, int | None]:
     """Count what would flatter the figures, and warn loudly: equal pictures in gallery and probes, test pictures in train."""
     twins = None
-    if data.hashes is not None:
+    if data.hashes is not None and drawn:
         twins = int(np.isin(data.hashes[drawn.probes], data.hashes[drawn.enrolled]).sum())
     leaks = {"probes_equal_to_enrolled": twins, "pictures_in_train": data.note.get("pictures_in_train")}
     for what, count in leaks.items():
@@ -1785,10 +1793,7 @@ def results_table(metrics: dict, encoders: Iterable[str], cfg: moco.EvalConfig) 
 
 
 def write_report(folder: Path, files: dict[str, Path], metrics: dict, table: str, cfg: Config) -> None:
-    """report.md: a run on one page. Each evaluation has a section, conf/templates/report.md; this writes that of `files`."""
-
-    def shown(*pictures: Path) -> str:
-        return "\n\n".join(f"![{path.stem}]({os.path.relpath(path, folder)})" for path in pictures if path.exists())
+    """The section of report.md of an evaluation that owns `files`, by conf/templates/report.md."""
 
     def rows(figures: dict, *labels: object, only: str | None = None, beside: Iterable[dict] = ()) -> str:
         """A line for each figure with an interval, or for the figure `only` under other labels; others' values behind it."""
@@ -1806,9 +1811,8 @@ def write_report(folder: Path, files: dict[str, Path], metrics: dict, table: str
     chance |= {"auc": 0.5, "eer": 0.5, "mrr": float((1 / ranks).mean())}
     refused = [f"{figure} of the pairs of {name}" for name, its in metrics["pair_protocol"].items() for figure in its["refused"]]
     refused += metrics["refused"] + metrics["open_set"].get("refused", [])
-    heading = f"## {os.path.relpath(files['metrics'], folder)}"
     values = {
-        "heading": heading, "table": table, "first": first, "made_from": json.dumps(metrics["made_from"]),
+        "table": table, "first": first, "made_from": json.dumps(metrics["made_from"]),
         "figures": rows(metrics, beside=(*references.values(), chance)),
         "references": "".join(f" {name} |" for name in references), "rules": "---|" * len(references),
         "open_set": rows(metrics["open_set"]) or "| none | | |",
@@ -1817,12 +1821,23 @@ def write_report(folder: Path, files: dict[str, Path], metrics: dict, table: str
         "geometry": ", ".join(f"{name.replace('_', ' ')} {value:z.3f}" for name, value in metrics["geometry"].items()),
         "sources": "\n".join(rows(f, name, f["probes"], only=first) for name, f in metrics["per_source"].items()),
         "sweep": "\n".join(rows(f, n, only=first) for n, f in metrics["enroll_sweep"].items()),
-        "pictures": shown(*(files[name] for name in PICTURES)),
+        "pictures": show_pictures(folder, *(files[name] for name in PICTURES)),
     }  # fmt: skip
-    section = string.Template((CONF / "templates" / "report.md").read_text()).substitute(values)
+    put_section(folder, files, string.Template((CONF / "templates" / "report.md").read_text()).substitute(values))
+
+
+def show_pictures(folder: Path, *pictures: Path) -> str:
+    """Those that are there, in a text that lies in `folder`."""
+    return "\n\n".join(f"![{path.stem}]({os.path.relpath(path, folder)})" for path in pictures if path.exists())
+
+
+def put_section(folder: Path, files: dict[str, Path], text: str) -> None:
+    """report.md: a run on one page, with a section for each evaluation; this replaces that of `files`."""
+    heading = f"## {os.path.relpath(files['metrics'], folder)}"
     there = (folder / "report.md").read_text(errors="replace") if (folder / "report.md").exists() else ""
-    sections = {part.split("\n")[0]: part for part in re.split(r"^(?=## )", there, flags=re.MULTILINE)[1:]} | {heading: section}
-    head = (f"# Run {folder.name}", shown(folder / "plots/train.png", folder / "plots/views.png"))
+    sections = {part.split("\n")[0]: part for part in re.split(r"^(?=## )", there, flags=re.MULTILINE)[1:]}
+    sections[heading] = f"{heading}\n\n{text}"
+    head = (f"# Run {folder.name}", show_pictures(folder, folder / "plots/train.png", folder / "plots/views.png"))
     write_text(folder / "report.md", "\n\n".join(part.strip() for part in (*head, *sections.values()) if part) + "\n")
 
 
@@ -1841,18 +1856,18 @@ def evaluate(cfg: Config, folder: Path, typed: set[str] = frozenset()) -> dict:
     asked = check_provenance(path, data, cfg, folder)
     about = {"identities_asked": asked, "embeddings": str(path), "made_from": data.note, "pair_protocol": pairs["trained"]}
     about["pairs_mean"] = float(np.mean([one["accuracy"] for one in pairs["trained"].values()])) if pairs["trained"] else None
-    try:
-        metrics, ours = moco.evaluate(data, cfg.eval, device)
-    except ValueError as error:  # in a benchmark of pairs nobody need have enough pictures
-        if not pairs["trained"]:
-            raise
-        log.warning("pairs alone are measured: %s", error)
+    if pairs["trained"] and nobody_twice(data.names):
+        log.info("nobody has two pictures: pairs alone are measured")
         metrics = about | {name: {"pair_protocol": its} for name, its in pairs.items() if name != "trained"}
+        metrics |= {"leaks": count_leaks(data, None)}
         for name in {*files} - {"metrics", "alignment"}:  # of an earlier evaluation
             files[name].unlink(missing_ok=True)
         write_text(files["metrics"], json.dumps(metrics, indent=1))
-        log.info("%s", "\n".join(line.rstrip() for line in pairs_table(metrics, pairs)))
+        table = "\n".join(line.rstrip() for line in pairs_table(metrics, pairs))
+        log.info("%s", table)
+        put_section(folder, files, f"```\n{table}\n```")
         return metrics
+    metrics, ours = moco.evaluate(data, cfg.eval, device)
     metrics |= about | {"leaks": count_leaks(data, ours.drawn)}
     if metrics["gallery"] <= max(cfg.eval.top_k):
         log.warning("only %d identities are enrolled: Rank-%d is always 1", metrics["gallery"], max(cfg.eval.top_k))
@@ -1929,7 +1944,7 @@ def report(cfg: Config | DictConfig, pattern: str) -> None:
         setting |= {f"vectors.{key}": made.get(key) for key in ("flip", "whitened", "aligned") if made}
     values = {key: [s[key] for s in settings if key in s and "${" not in str(s[key])] for key in sorted(set().union(*settings))}
     varied = [key for key, told in values.items() if key not in OF_EACH and any(value != told[0] for value in told)]
-    first, rows = next((run for run, figures in zip(runs, metrics, strict=True) if figures), runs[0]), []
+    first, rows = next((run for run, figures in zip(runs, metrics, strict=True) if "rank1" in figures), runs[0]), []
     for run, setting, figures in zip(runs, settings, metrics, strict=True):
         lines = read_log(run)
         state = f"epoch {lines[-1]['epoch']} of {setting['train.epochs']}" if lines else "not trained, see its log.txt"

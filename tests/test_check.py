@@ -150,7 +150,13 @@ def test_what_would_stop_a_run_at_its_end_is_told_at_its_start(data, tmp_path, c
 
 def test_a_full_disk_is_told(data, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
-    assert "what the run writes needs" in refusal(checked(data, tmp_path))
+    told = refusal(checked(data, tmp_path, "data.cache=decoded"))
+    assert re.search(r"checkpoints \(0\.\d+ GB\) and cache \(0\.\d+ GB\) needs 0\.\d+ GB", told)
+    (tmp_path / "cache").mkdir()
+    rows = dataio.find_rows((cfg := job(tmp_path, data)).data, cfg.split, "train")
+    for stream in dataio.open_streams(rows, cfg.data, cfg.seed):
+        (file := dataio.cache_file(stream, tmp_path / "cache")).with_name(f"{file.name}.part").touch()  # is begun: it has its room
+    assert "cache (0.000 GB)" in refusal(checked(data, tmp_path, "data.cache=decoded"))
 
 
 def test_a_sample_of_broken_pictures_is_refused(data, tmp_path):

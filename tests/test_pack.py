@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import runs
@@ -133,6 +134,10 @@ def test_a_packed_source_is_split_and_read_as_any_other(tmp_path):
     assert sorted(int(image[0, 0, 0]) for image in stream) == [*range(30, 35), *range(120, 125)]
     others = dataio.Columns("person", "name", "jpg")  # what other files call them
     assert len(dataio.build_index(str(tmp_path / "faces_*.parquet"), None, others)) == 100
+    (path,) = tmp_path.glob("faces_*.parquet")
+    table = pq.read_table(path)
+    pq.write_table(table.append_column("person", pa.array(["one", "other"] * 50)), path)  # a column that is there is taken
+    assert set(dataio.build_index(str(path), None, others).identities()) == {"one", "other"}
 
 
 def test_row_groups_are_small_and_only_the_names_are_compressed(tmp_path, monkeypatch):
@@ -583,8 +588,11 @@ def test_benchmarks_are_measured_on_their_own_vectors_with_a_row_each_and_their_
     assert alone == json.loads((trained / "metrics_agedb_30.json").read_text())
     assert alone["pair_protocol"] == {"agedb_30": found["agedb_30"]}
     assert "rank1" not in alone
-    assert "pairs alone are measured: enrol: no probes left" in caplog.text
-    assert "lower eval.enroll_per_id" not in caplog.text
+    assert "nobody has two pictures: pairs alone are measured" in caplog.text
+    assert "## metrics_agedb_30.json\n\n```\nAccuracy of pairs" in (trained / "report.md").read_text()
+    assert sniperface.look_ahead(runs.job(unbroken, data, *words)) == {"pairs": 1}
+    told = refusal(lambda: sniperface.evaluate(runs.job(unbroken, data, both, "eval.enroll_per_id=50"), trained))
+    assert "lower eval.enroll_per_id" in told  # a mistake in a setting replaces no figures
     sniperface.export(runs.job(unbroken, data, "export.formats=[pt]"), trained)
     assert "| pairs of agedb_30 | accuracy |" in (trained / "export" / "README.md").read_text()
     sniperface.embed(runs.job(unbroken, data, "embed.flip=true", "embed.references=false"), trained, {"embed.flip"})
