@@ -250,6 +250,9 @@ def test_a_collapse_is_told_once_an_epoch_or_stops_the_run_and_a_sound_run_hears
     assert "train.lr" in told[0]
     with pytest.raises(ValueError, match=r"stopped at step 1, collapse, as train\.when_stuck=stop asks; .*spread 0\.00"):
         train(words, tmp_path / "stopped", "train.log_every=1", "train.when_stuck=stop")
+    with pytest.raises(ValueError, match="collapse, as train"):
+        train(words, tmp_path / "epoch", "train.log_every=1000", "train.when_stuck=stop")
+    assert state_of(tmp_path / "epoch", "epoch_01")["step"] == json.loads((tmp_path / "epoch/train_log.jsonl").read_text())["step"]
 
 
 def test_deterministic_changes_nothing_on_the_cpu_and_no_setting_of_torch_leaks_into_the_next_command(words, tmp_path):
